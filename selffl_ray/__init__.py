@@ -1,0 +1,41 @@
+"""Self-FL and other personalized federated learning on Ray.
+
+``load_config`` reads an experiment, ``run_experiment`` and ``run_comparison`` run it; the results
+hold the summary, the run's folder and its tables as pandas frames.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from selffl_ray.api import Result, run_comparison, run_experiment
+    from selffl_ray.config import ExperimentConfig, load_config
+    from selffl_ray.errors import SelfFLError
+
+__all__ = [
+    "ExperimentConfig",
+    "Result",
+    "SelfFLError",
+    "load_config",
+    "run_comparison",
+    "run_experiment",
+]
+
+_HOMES = {
+    "ExperimentConfig": "config",
+    "Result": "api",
+    "SelfFLError": "errors",
+    "load_config": "config",
+    "run_comparison": "api",
+    "run_experiment": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, imported on first use: a client actor needs none of what is above it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"selffl_ray.{_HOMES[name]}"), name)

@@ -1,0 +1,217 @@
+"""What a script or a notebook calls: run one experiment, or compare several methods."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from selffl_ray.config import ExperimentConfig, parse_component, to_raw
+from selffl_ray.errors import ConfigError
+from selffl_ray.execution import Job, run_in_thread, run_on_ray
+from selffl_ray.experiment import Prepared, prepare_experiment
+from selffl_ray.registry import Component, algorithms
+from selffl_ray.runtime.cluster import cluster, this_machine
+from selffl_ray.runtime.placement import PlacementPlan, plan_placement
+from selffl_ray.tracking import resolve_uri
+
+Watch = Callable[[Any], None]
+
+JOB_FOLDER = "runtime_resources/working_dir_files"
+"""Part of the path of a folder that Ray unpacks a job's working directory to, and deletes."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its summary, its folder, and its tables as pandas frames."""
+
+    summary: dict[str, Any]
+    folder: Path
+
+    @property
+    def rounds(self) -> pd.DataFrame:
+        """One row a round."""
+        return self._table("rounds")
+
+    @property
+    def clients(self) -> pd.DataFrame:
+        """One row a client, split and evaluated round."""
+        return self._table("clients")
+
+    @property
+    def uncertainty(self) -> pd.DataFrame:
+        """One row a client, parameter group and round; empty for other methods than Self-FL."""
+        return self._table("uncertainty")
+
+    def _table(self, name: str) -> pd.DataFrame:
+        path = self.folder / f"{name}.parquet"
+        return pd.read_parquet(path) if path.exists() else pd.DataFrame()
+
+
+class Interrupt:
+    """A wish to stop after the current round; Ctrl-C and SIGTERM set it in the command line."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        """Ask for the end."""
+        self._event.set()
+
+    def is_set(self) -> bool:
+        """Somebody asked for the end."""
+        return self._event.is_set()
+
+
+def _ignore(event: Any) -> None:
+    """Nobody watches."""
+
+
+def run_experiment(
+    config: ExperimentConfig,
+    *,
+    output: str | Path | None = None,
+    resume: str | Path | None = None,
+    watch: Watch = _ignore,
+    interrupt: Interrupt | None = None,
+) -> Result:
+    """Run one experiment to its end.
+
+    Args:
+        output: folder of the run; ``runs/<experiment>/<run>`` in the current folder by default.
+        resume: a run's folder to go on in, from its newest checkpoint.
+        watch: called with every :class:`~selffl_ray.execution.Progress` and ``Message``.
+        interrupt: set it to end the run after the round it is in.
+
+    Raises:
+        UsageError: something about the request cannot work; no actor was started.
+        RunError: the run failed.
+    """
+    folder = Path(resume or output or new_folder(config)).absolute()
+    job = make_job(config, folder, resume=resume is not None)
+    return _launch([config], [job], watch, interrupt or Interrupt())[0]
+
+
+def run_comparison(
+    config: ExperimentConfig,
+    methods: Sequence[Component],
+    *,
+    seeds: Sequence[int] | None = None,
+    output: str | Path | None = None,
+    watch: Watch = _ignore,
+    interrupt: Interrupt | None = None,
+) -> list[Result]:
+    """Run several methods on the same partition, start, cohorts and batches, on the same actors.
+
+    Args:
+        methods: in the order of the table; seeds: the configuration's own by default.
+        output: folder that holds the runs' folders.
+
+    Raises:
+        UsageError: something about the request cannot work; no actor was started.
+        RunError: a run failed.
+    """
+    configs = [
+        dataclasses.replace(config, method=method, seed=seed)
+        for seed in (seeds if seeds is not None else [config.seed])
+        for method in methods
+    ]
+    together = {"comparison": f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"}
+    root = Path(output).absolute() if output is not None else None
+    jobs = []
+    for one in configs:
+        folder = new_folder(one) if root is None else root / f"{one.method_label}-s{one.seed}"
+        jobs.append(make_job(one, folder, tags=together))
+    return _launch(configs, jobs, watch, interrupt or Interrupt())
+
+
+def new_folder(config: ExperimentConfig) -> Path:
+    """A fresh name under ``runs/<experiment>/`` in the current folder."""
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    name = f"{config.method_label}-s{config.seed}-{stamp}"
+    return Path.cwd() / "runs" / config.experiment / name
+
+
+def make_job(
+    config: ExperimentConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    tags: dict[str, str] | None = None,
+) -> Job:
+    """A job for the driver actor.
+
+    Raises:
+        ConfigError: a folder or store that would vanish with a Ray job's working directory.
+    """
+    base = Path.cwd()
+    stores = [str(folder)]
+    if config.tracking.enabled:
+        stores.append(resolve_uri(config.tracking, base))
+    for place in stores:
+        if JOB_FOLDER in place:
+            raise ConfigError(
+                f"{place} lies in the folder that this Ray job was unpacked to and would vanish "
+                "with it; give absolute paths: --output, and tracking.uri or MLFLOW_TRACKING_URI"
+            )
+    return Job(to_raw(config), str(folder), str(base), tags or {}, resume)
+
+
+def _launch(
+    configs: Sequence[ExperimentConfig], jobs: Sequence[Job], watch: Watch, interrupt: Interrupt
+) -> list[Result]:
+    prepared = [prepare_experiment(config) for config in configs]
+    first, config = prepared[0], configs[0]
+    label = f"{config.experiment}-{os.getpid()}-{secrets.token_hex(2)}"
+    counts = {len(p.client_ids) for p in prepared}
+    if len(counts) > 1:
+        raise ConfigError(f"runs on the same actors need the same number of clients, got {counts}")
+    if config.placement.backend == "local":
+        plan = placement_of(first, [])
+        done = run_in_thread(jobs, plan, label, watch, interrupt.is_set)
+    else:
+        if not os.environ.get("RAY_ADDRESS") and not _ray_is_running():
+            # Refused before Ray is started, if this machine alone cannot do it.
+            placement_of(first, this_machine())
+        with cluster() as ray_cluster:
+            plan = placement_of(first, ray_cluster.nodes)
+            done = run_on_ray(jobs, plan, label, watch, interrupt.is_set)
+    return [Result(summary, Path(summary["folder"])) for summary in done]
+
+
+def placement_of(prepared: Prepared, nodes: Sequence[Any]) -> PlacementPlan:
+    """The placement plan of an experiment on these machines.
+
+    Raises:
+        PlacementError: they cannot hold it, with the numbers.
+    """
+    config = prepared.config.placement
+    return plan_placement(config, nodes, prepared.client_ids, prepared.work)
+
+
+def _ray_is_running() -> bool:
+    """Whether this process is connected to a Ray already."""
+    ray = sys.modules.get("ray")
+    return bool(ray is not None and ray.is_initialized())
+
+
+def parse_method(text: str, config: ExperimentConfig) -> Component:
+    """``name`` or ``name:preset`` as a method; the configuration's own options if it is its method.
+
+    Raises:
+        ConfigError: unknown name or preset, with the list.
+    """
+    name, colon, preset = text.strip().partition(":")
+    if not colon and name == config.method.name:
+        return config.method
+    raw: dict[str, Any] = {"name": name} | ({"preset": preset} if colon else {})
+    return parse_component(algorithms, raw, "method")

@@ -1,0 +1,158 @@
+"""Text for people: progress lines and small tables. Nothing here prints."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from selffl_ray.execution import Progress
+
+Row = Mapping[str, Any]
+
+
+def progress_line(event: Progress) -> str:
+    """Round, accuracies, participants and the time that is left, of one run."""
+    done = event.round_index + 1
+    left = event.seconds / done * (event.num_rounds - done)
+    parts = [f"{event.label}  round {done}/{event.num_rounds}"]
+    for split in ("test", "val"):
+        for score, factor, unit in (("accuracy", 100, " %"), ("mse", 1, "")):
+            found = [event.metrics.get(f"{split}/{who}_{score}") for who in ("global", "local")]
+            if found[0] is not None or found[1] is not None:
+                shown = ", ".join(
+                    f"{who} {_number(value, factor)}{unit}"
+                    for who, value in zip(("global", "local"), found, strict=True)
+                    if value is not None
+                )
+                parts.append(f"{split} {shown}")
+                break
+        else:
+            continue
+        break
+    parts.append(f"{event.participants} clients")
+    parts.append(f"{duration(left)} left" if left else f"{duration(event.seconds)}")
+    return "  ".join(parts)
+
+
+def _number(value: float, factor: float) -> str:
+    return f"{value * factor:.1f}" if factor != 1 else f"{value:.5g}"
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``3 min 10 s``, ``2 h 5 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(num_bytes: float) -> str:
+    """``512 B``, ``1.2 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024 or unit == "GiB":
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    raise AssertionError("the last unit always returns")
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned: the first to the left, the others to the right."""
+    widths = [max(len(r[c]) for r in (header, *rows)) for c in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first = cells[0].ljust(widths[0])
+        return "  ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
+
+    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
+
+
+COLUMNS = (
+    ("global", "global_{score}"),
+    ("local", "local_{score}"),
+    ("worst 10 %", "local_{score}_worst10"),
+    ("harmed", "clients_harmed_vs_global"),
+)
+
+
+def comparison_table(summaries: Sequence[Row]) -> str:
+    """Method, global and local score, worst 10 %, share harmed, gradient steps, seconds.
+
+    Several seeds of a method become mean and sample standard deviation. What was not measured is a
+    dash.
+    """
+    labels = list(dict.fromkeys(s["label"] for s in summaries))
+    split = "test" if any(k.startswith("test/") for k in summaries[0]["final"]) else "val"
+    score = "mse" if f"{split}/local_mse" in summaries[0]["final"] else "accuracy"
+    header = ["method", *(title for title, _ in COLUMNS), "gradient steps", "seconds"]
+    rows = []
+    for label in labels:
+        own = [s for s in summaries if s["label"] == label]
+        cells = [label]
+        for _, name in COLUMNS:
+            metric = name.format(score=score)
+            percent = score == "accuracy" or "harmed" in name
+            cells.append(_cell([s["final"].get(f"{split}/{metric}") for s in own], percent))
+        cells.append(_cell([_steps(s["final"]) for s in own], percent=False, digits=0))
+        cells.append(_cell([s["wall_s"] for s in own], percent=False, digits=1))
+        rows.append(cells)
+    seeds = sorted({s["seed"] for s in summaries})
+    unit = "percent" if score == "accuracy" else "squared error a coordinate"
+    note = f"{split} data, {unit}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    return text_table(header, rows) + f"\n({note})"
+
+
+def _steps(final: Row) -> float | None:
+    train = final.get("cost/gradient_steps")
+    return None if train is None else train + final.get("cost/personalization_steps", 0.0)
+
+
+def _cell(values: Sequence[float | None], percent: bool, digits: int = 1) -> str:
+    known = [v for v in values if v is not None and not math.isnan(v)]
+    if not known:
+        return "-"
+    numbers = np.asarray(known) * (100 if percent else 1)
+    if not percent and digits == 1 and numbers.max() < 1:
+        return f"{numbers.mean():.5f}"
+    text = f"{numbers.mean():.{digits}f}"
+    if len(numbers) > 1:
+        text += f" ±{numbers.std(ddof=1):.{digits}f}"
+    return text
+
+
+class ProgressPrinter:
+    """Turns events into one live line on a terminal, and into plain lines elsewhere.
+
+    Args:
+        write: prints text as it is, without a line end.
+        live: whether the output is a terminal.
+    """
+
+    def __init__(self, write: Any, live: bool | None = None) -> None:
+        self._write = write
+        self._live = sys.stderr.isatty() if live is None else live
+        self._open = False
+
+    def __call__(self, event: Any) -> None:
+        """Show a Progress or a Message."""
+        if not isinstance(event, Progress):
+            self.end()
+            self._write(f"{event.text}\n")
+            return
+        last = event.round_index + 1 == event.num_rounds
+        if self._live:
+            self._write(f"\r\x1b[2K{progress_line(event)}" + ("\n" if last else ""))
+            self._open = not last
+        elif "time/eval_s" in event.metrics or last:
+            self._write(f"{progress_line(event)}\n")
+
+    def end(self) -> None:
+        """Leave the live line as it stands."""
+        if self._open:
+            self._write("\n")
+            self._open = False

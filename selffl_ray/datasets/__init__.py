@@ -1,0 +1,1 @@
+"""Data sets (one file each), their Arrow store, partitions over clients, and splits."""

@@ -1,0 +1,88 @@
+"""What a data set is to the rest of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from selffl_ray.errors import ConfigError
+from selffl_ray.tasks import CLASSIFICATION, DataShape, Task
+
+TRAIN, TEST = 0, 1
+"""Values of the official split of an example."""
+
+
+class Group(NamedTuple):
+    """Examples that belong together: one natural client, or a piece of a common pool.
+
+    client_id: the natural client's name; empty in a pool.
+    x: (N, *input_shape), uint8 pixels, int64 tokens or floats. y: (N,) int64 labels, or floats.
+    official: (N,) uint8 TRAIN or TEST as published, or None without a published split.
+    """
+
+    client_id: str
+    x: npt.NDArray[Any]
+    y: npt.NDArray[Any]
+    official: npt.NDArray[np.uint8] | None = None
+
+
+class KnownVariances(NamedTuple):
+    """The truth behind synthetic data: for the ``known`` estimators and for judging the others."""
+
+    inter_var: float
+    intra_var_M: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A data set and how to read it.
+
+    find: source option -> the files to read, or a DataError that says where to get them; files may
+        be empty if the data are generated or come with a library.
+    read: (files, seed) -> groups in a fixed order.
+    shift_scale: for images, pixels 0..255 become (x / 255 - shift) / scale; None leaves x as it is.
+    natural: the groups are clients; otherwise they are one pool to be partitioned.
+    depends_on_seed: the data are drawn with the experiment's seed.
+    client_ids: natural clients' names in group order, where they are known without reading.
+    """
+
+    name: str
+    title: str
+    licence: str
+    shape: DataShape
+    find: Callable[[str | None], tuple[Path, ...]]
+    read: Callable[[tuple[Path, ...], int], Iterator[Group]]
+    task: Task = CLASSIFICATION
+    label_names: tuple[str, ...] = ()
+    shift_scale: tuple[float, float] | None = None
+    natural: bool = False
+    depends_on_seed: bool = False
+    known: Callable[[], KnownVariances] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Parts of an experiment's configuration that suit this set; the user's own keys win."""
+
+    def features(self, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Stored inputs as a model takes them: float32 features, or int64 tokens unchanged."""
+        if self.shape.num_tokens is not None:
+            return x.astype(np.int64, copy=False)
+        floats = x.astype(np.float32)
+        if self.shift_scale is not None:
+            shift, scale = self.shift_scale
+            floats /= 255.0
+            floats -= shift
+            floats /= scale
+        return floats
+
+
+def no_files(source: str | None) -> tuple[Path, ...]:
+    """``find`` of a set that needs no files; a ``source`` is then a mistake."""
+    if source is not None:
+        raise ConfigError(
+            f"data.source: this data set reads no files, got {source!r}; leave it out"
+        )
+    return ()

@@ -1,0 +1,333 @@
+"""Which examples each client owns.
+
+A partitioner deals row numbers of a store to clients; nothing is copied. All draws come from the
+seed, so every process that knows the seed deals the same hand.
+
+``sizes`` is quantity skew, for any partitioner: num_examples log-uniform between min and max.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from selffl_ray.datasets.base import TEST, TRAIN, Dataset
+from selffl_ray.datasets.store import Store
+from selffl_ray.errors import ConfigError, DataError
+from selffl_ray.registry import register_partitioner
+from selffl_ray.seeding import generator
+
+Rows = npt.NDArray[np.int64]
+
+
+class Hand(NamedTuple):
+    """What one client is dealt.
+
+    rows: its own examples; test_rows: examples from the published test part, if the partition
+    takes test data from there; quarter_turns: by which its images are turned anticlockwise.
+    """
+
+    client_id: str
+    rows: Rows
+    test_rows: Rows
+    quarter_turns: int = 0
+
+
+class Deal(NamedTuple):
+    """What a partitioner works with.
+
+    pool: rows that may be dealt (the published training part if test rows are dealt apart);
+    labels: class of every row of the store; test_pool: rows of the published test part.
+    """
+
+    pool: Rows
+    labels: npt.NDArray[Any]
+    test_pool: Rows
+    rng: np.random.Generator
+
+
+NO_ROWS: Rows = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizesConfig:
+    """Number of examples of each client: round(exp(U(ln min, ln max)))."""
+
+    min: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.max:
+            raise ConfigError(
+                f"data.partition.sizes needs 1 <= min <= max, got {self.min} and {self.max}"
+            )
+
+    def draw(self, rng: np.random.Generator, num_clients: int) -> Rows:
+        """(M,) numbers of examples."""
+        drawn = np.exp(rng.uniform(math.log(self.min), math.log(self.max), num_clients))
+        return np.round(drawn).astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NaturalConfig:
+    """The clients that the data come with."""
+
+    sizes: SizesConfig | None = None
+    """Thin each client to a drawn number of examples (no more than it has)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledConfig:
+    """What all partitions of a pool share."""
+
+    num_clients: int = 20
+    sizes: SizesConfig | None = None
+    """Quantity skew; by default everything is dealt out."""
+    test_examples: int = 0
+    """Deal so many examples a client from the published test part, in the client's own label
+    proportions; 0 takes test data out of the client's own examples."""
+
+    def __post_init__(self) -> None:
+        if self.num_clients < 1:
+            raise ConfigError(f"data.partition.num_clients must be >= 1, got {self.num_clients}")
+        if self.test_examples < 0:
+            raise ConfigError(f"data.partition.test_examples must be >= 0: {self.test_examples}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirichletConfig(PooledConfig):
+    """Label skew by Dirichlet draws."""
+
+    alpha: float = 0.5
+    """Concentration: 0.1 leaves one or two classes a client, 100 is nearly identical."""
+
+    def __post_init__(self) -> None:
+        PooledConfig.__post_init__(self)
+        _check_alpha(self.alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardsConfig(PooledConfig):
+    """Label skew by shards of the sorted labels."""
+
+    shards_per_client: int = 2
+
+    def __post_init__(self) -> None:
+        PooledConfig.__post_init__(self)
+        if self.shards_per_client < 1:
+            raise ConfigError(
+                f"data.partition.shards_per_client must be >= 1, got {self.shards_per_client}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotationConfig(PooledConfig):
+    """Feature shift: client m sees images turned by (m mod groups) quarter turns."""
+
+    groups: int = 4
+    alpha: float | None = None
+    """Dirichlet label skew besides; null deals without regard to labels."""
+
+    def __post_init__(self) -> None:
+        PooledConfig.__post_init__(self)
+        if not 1 <= self.groups <= 4:
+            raise ConfigError(f"data.partition.groups must lie in 1..4, got {self.groups}")
+        if self.alpha is not None:
+            _check_alpha(self.alpha)
+
+
+def _check_alpha(alpha: float) -> None:
+    if not 0 < alpha < math.inf:
+        raise ConfigError(f"data.partition.alpha must be > 0, got {alpha}")
+
+
+@register_partitioner("natural", NaturalConfig)
+def natural(config: NaturalConfig, dataset: Dataset, store: Store, seed: int) -> list[Hand]:
+    """The data set's own clients."""
+    if not dataset.natural:
+        raise ConfigError(
+            f"data.partition.name: {dataset.name} has no clients of its own; use dirichlet, "
+            "shards, rotation or iid"
+        )
+    rng = generator(seed, "partition")
+    hands = []
+    official = store.official()
+    for batch, client_id in enumerate(store.client_ids):
+        rows = np.arange(store.start_rows[batch], store.start_rows[batch + 1])
+        test = rows[official[rows] == TEST]
+        rows = rows[official[rows] == TRAIN]
+        if config.sizes is not None:
+            size = min(int(config.sizes.draw(rng, 1)[0]), len(rows))
+            rows = np.sort(rng.permutation(rows)[:size])
+        hands.append(Hand(client_id, rows, test))
+    return hands
+
+
+def _deal_from(config: PooledConfig, dataset: Dataset, store: Store, seed: int) -> Deal:
+    if dataset.task.score_name != "accuracy":
+        raise ConfigError(
+            f"data.partition.name: {dataset.name} has no class labels to deal by; use natural"
+        )
+    official = store.official()
+    rows = np.arange(len(official), dtype=np.int64)
+    test_pool = rows[official == TEST]
+    if config.test_examples:
+        if not len(test_pool):
+            raise ConfigError(
+                f"data.partition.test_examples: {dataset.name} has no published test part; set it "
+                "to 0"
+            )
+        rows = rows[official == TRAIN]
+    return Deal(rows, store.labels(), test_pool, generator(seed, "partition"))
+
+
+@register_partitioner("iid", PooledConfig)
+def iid(config: PooledConfig, dataset: Dataset, store: Store, seed: int) -> list[Hand]:
+    """Examples dealt out at random, equally or by ``sizes``."""
+    deal = _deal_from(config, dataset, store, seed)
+    return _finish(config, deal, _split_evenly(config, deal))
+
+
+@register_partitioner("dirichlet", DirichletConfig)
+def dirichlet(config: DirichletConfig, dataset: Dataset, store: Store, seed: int) -> list[Hand]:
+    """Label proportions from a Dirichlet distribution, for each client or for each class.
+
+    With ``sizes``, each client draws label proportions and a multinomial number of each class.
+    Without, each class is cut between the clients by Dirichlet shares (Hsu, Qi, Brown 2019), so
+    that everything is dealt out and sizes follow from the draw.
+    """
+    deal = _deal_from(config, dataset, store, seed)
+    return _finish(config, deal, _by_dirichlet(config, deal, config.alpha))
+
+
+@register_partitioner("shards", ShardsConfig)
+def shards(config: ShardsConfig, dataset: Dataset, store: Store, seed: int) -> list[Hand]:
+    """Rows sorted by label, cut into equal shards, a few shards each (McMahan et al. 2017)."""
+    deal = _deal_from(config, dataset, store, seed)
+    order = deal.rng.permutation(deal.pool)
+    order = order[np.argsort(deal.labels[order], kind="stable")]
+    count = config.num_clients * config.shards_per_client
+    if len(order) < count:
+        raise DataError(
+            f"data.partition: {len(order)} examples cannot make {count} shards; lower num_clients "
+            "or shards_per_client"
+        )
+    pieces = np.array_split(order, count)
+    dealt = deal.rng.permutation(count).reshape(config.num_clients, -1)
+    hands = [np.concatenate([pieces[p] for p in own]) for own in dealt]
+    if config.sizes is not None:
+        sizes = config.sizes.draw(deal.rng, config.num_clients)
+        hands = [deal.rng.permutation(h)[:n] for h, n in zip(hands, sizes, strict=True)]
+    return _finish(config, deal, hands)
+
+
+@register_partitioner("rotation", RotationConfig)
+def rotation(config: RotationConfig, dataset: Dataset, store: Store, seed: int) -> list[Hand]:
+    """Images turned by quarter turns, a group of clients for each; otherwise dealt like iid."""
+    shape = dataset.shape.input_shape
+    if len(shape) != 3 or shape[1] != shape[2]:
+        raise ConfigError(
+            f"data.partition.name rotation needs square images, {dataset.name} has {shape}"
+        )
+    deal = _deal_from(config, dataset, store, seed)
+    if config.alpha is None:
+        dealt = _split_evenly(config, deal)
+    else:
+        dealt = _by_dirichlet(config, deal, config.alpha)
+    return [
+        hand._replace(quarter_turns=client % config.groups)
+        for client, hand in enumerate(_finish(config, deal, dealt))
+    ]
+
+
+def _split_evenly(config: PooledConfig, deal: Deal) -> list[Rows]:
+    order = deal.rng.permutation(deal.pool)
+    if config.sizes is None:
+        return list(np.array_split(order, config.num_clients))
+    sizes = _affordable(config.sizes.draw(deal.rng, config.num_clients), len(order))
+    return np.split(order[: sizes.sum()], np.cumsum(sizes)[:-1])
+
+
+def _affordable(sizes: Rows, available: int) -> Rows:
+    if sizes.sum() > available:
+        raise DataError(
+            f"data.partition.sizes ask for {sizes.sum()} examples, there are {available}; lower "
+            "sizes.max or num_clients"
+        )
+    return sizes
+
+
+def _by_dirichlet(config: PooledConfig, deal: Deal, alpha: float) -> list[Rows]:
+    labels = deal.labels[deal.pool]
+    classes = np.unique(labels)
+    piles = [deal.rng.permutation(deal.pool[labels == c]) for c in classes]
+    if config.sizes is None:
+        return _cut_each_class(deal.rng, piles, config.num_clients, alpha)
+    sizes = _affordable(config.sizes.draw(deal.rng, config.num_clients), len(deal.pool))
+    return [_take_proportions(deal.rng, piles, int(n), alpha) for n in sizes]
+
+
+def _cut_each_class(
+    rng: np.random.Generator, piles: list[Rows], num_clients: int, alpha: float
+) -> list[Rows]:
+    """Each class between all clients; drawn again until everybody has at least two examples."""
+    for _ in range(1000):
+        shares = rng.dirichlet(np.full(num_clients, alpha), size=len(piles))
+        cuts = [
+            np.split(pile, np.floor(np.cumsum(share)[:-1] * len(pile)).astype(np.int64))
+            for pile, share in zip(piles, shares, strict=True)
+        ]
+        hands = [np.concatenate([cut[m] for cut in cuts]) for m in range(num_clients)]
+        if min(len(hand) for hand in hands) >= 2:
+            return hands
+    raise DataError(
+        f"data.partition: a Dirichlet draw with alpha={alpha} leaves some of {num_clients} clients "
+        "without examples, 1000 times in a row; raise alpha, lower num_clients, or set sizes"
+    )
+
+
+def _take_proportions(rng: np.random.Generator, piles: list[Rows], size: int, alpha: float) -> Rows:
+    """Deal a client its multinomial numbers off the piles; what a pile lacks the others give."""
+    share = rng.dirichlet(np.full(len(piles), alpha))
+    wanted = rng.multinomial(size, share)
+    taken: list[Rows] = []
+    missing = 0
+    for at, number in enumerate(wanted):
+        got = min(int(number), len(piles[at]))
+        missing += int(number) - got
+        taken.append(piles[at][:got])
+        piles[at] = piles[at][got:]
+    while missing:
+        at = int(np.argmax([len(pile) for pile in piles]))
+        got = min(missing, len(piles[at]))
+        taken.append(piles[at][:got])
+        piles[at] = piles[at][got:]
+        missing -= got
+    return np.concatenate(taken)
+
+
+def _finish(config: PooledConfig, deal: Deal, dealt: list[Rows]) -> list[Hand]:
+    """Names, and test rows in each client's own label proportions."""
+    width = len(str(config.num_clients - 1))
+    hands = []
+    for client, rows in enumerate(dealt):
+        test = NO_ROWS
+        if config.test_examples:
+            test = _test_rows(config.test_examples, deal, rows)
+        hands.append(Hand(f"client-{client:0{width}d}", np.sort(rows), test))
+    return hands
+
+
+def _test_rows(number: int, deal: Deal, rows: Rows) -> Rows:
+    """Multinomial numbers of each class from the published test part, no row twice a client."""
+    own, counts = np.unique(deal.labels[rows], return_counts=True)
+    test_labels = deal.labels[deal.test_pool]
+    taken = []
+    for label, wanted in zip(own, deal.rng.multinomial(number, counts / counts.sum()), strict=True):
+        pile = deal.test_pool[test_labels == label]
+        taken.append(deal.rng.permutation(pile)[:wanted])
+    return np.sort(np.concatenate(taken))

@@ -1,0 +1,96 @@
+"""Train, validation and test examples of every client, and who is held out as new."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from selffl_ray.datasets.partition import Hand
+from selffl_ray.errors import ConfigError, DataError
+from selffl_ray.seeding import generator
+
+Rows = npt.NDArray[np.int64]
+
+
+class ClientRows(NamedTuple):
+    """Rows of the store that one client trains, validates and is tested on."""
+
+    client_id: str
+    train: Rows
+    val: Rows
+    test: Rows
+    quarter_turns: int
+
+
+class Partition(NamedTuple):
+    """All clients of an experiment.
+
+    clients take part in training; new_clients are never trained on, only adapted to and tested.
+    digest covers names, rows and turns.
+    """
+
+    clients: tuple[ClientRows, ...]
+    new_clients: tuple[ClientRows, ...]
+    digest: str
+
+
+def split_clients(
+    hands: Sequence[Hand], shares: tuple[float, float, float], new_share: float, seed: int
+) -> Partition:
+    """Split every client's own rows, and hold out some clients as new.
+
+    Args:
+        shares: of train, validation and test; if clients were dealt test rows of their own, the
+            share of test must be 0.
+        new_share: share of the clients held out, in [0, 1).
+
+    Raises:
+        ConfigError: shares that do not fit. DataError: a client left without training examples.
+    """
+    if any(len(hand.test_rows) for hand in hands) and shares[2] > 0:
+        raise ConfigError(
+            f"evaluation.splits: the clients have test examples apart from their own, so the share "
+            f"of test must be 0, got {list(shares)}; give [train, val, 0]"
+        )
+    rows = [_split(hand, shares, seed) for hand in hands]
+    held = round(new_share * len(rows))
+    if held >= len(rows):
+        raise ConfigError(
+            f"evaluation.new_clients: {new_share} of {len(rows)} clients leaves none to train on"
+        )
+    order = generator(seed, "new clients").permutation(len(rows))
+    new = set(order[:held].tolist())
+    clients = tuple(r for i, r in enumerate(rows) if i not in new)
+    return Partition(clients, tuple(rows[i] for i in sorted(new)), _digest(rows, new))
+
+
+def _split(hand: Hand, shares: tuple[float, float, float], seed: int) -> ClientRows:
+    if not len(hand.rows):
+        raise DataError(
+            f"client {hand.client_id!r} has no examples; lower data.partition.num_clients, raise "
+            "alpha, or take the client out of the source"
+        )
+    order = generator(seed, "splits", 0, hand.client_id).permutation(hand.rows)
+    ends = np.round(np.cumsum(np.asarray(shares) / sum(shares)) * len(order)).astype(np.int64)
+    train, val, test = np.split(order, ends[:-1])
+    if not len(train):
+        raise DataError(
+            f"client {hand.client_id!r} has {len(order)} examples and with evaluation.splits "
+            f"{list(shares)} none of them is for training; raise the first share"
+        )
+    test = np.concatenate([test, hand.test_rows])
+    # Training rows keep their random order: variance estimates cut chunks from it.
+    return ClientRows(hand.client_id, train, np.sort(val), np.sort(test), hand.quarter_turns)
+
+
+def _digest(rows: Sequence[ClientRows], new: set[int]) -> str:
+    sha = hashlib.sha256()
+    for index, client in enumerate(rows):
+        sha.update(f"{client.client_id}|{client.quarter_turns}|{index in new}|".encode())
+        for part in (client.train, client.val, client.test):
+            sha.update(f"{len(part)}|".encode() + part.astype("<i8").tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,289 @@
+"""The Arrow client store: prepared once, memory-mapped by every host, checked as it is read.
+
+A store is a folder: ``data.arrow`` (Arrow IPC, one record batch a natural client, or pieces of a
+pool), ``index.arrow`` (a row a record batch: client, number of rows, SHA-256) and
+``manifest.json``. It is written under a temporary name and renamed when complete, so two processes
+that prepare the same store at once end with one good copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from selffl_ray.datasets.base import Dataset, Group
+from selffl_ray.errors import DataError
+
+SCHEMA_VERSION = 1
+POOL_PIECE = 8192
+"""Rows of a record batch of a pool."""
+
+Array = npt.NDArray[Any]
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store holds, without opening its data."""
+
+    schema_version: int
+    name: str
+    title: str
+    licence: str
+    source: str
+    num_rows: int
+    num_batches: int
+    x_shape: tuple[int, ...]
+    y_shape: tuple[int, ...]
+    digest: str
+
+
+class Fetched(NamedTuple):
+    """Examples read from a store, in the order asked for."""
+
+    x: Array
+    y: Array
+
+
+def store_root() -> Path:
+    """Folder of all stores: ``SELFFL_RAY_STORES``, or the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "selffl_ray"
+    return Path(os.environ.get("SELFFL_RAY_STORES", default)).absolute()
+
+
+def prepare(dataset: Dataset, options: Any, source: str | None, seed: int, root: Path) -> Store:
+    """Open the store of a data set, building it first if it is not there.
+
+    Args:
+        options: the set's config dataclass; other options are another store.
+        source: where the files lie, as the configuration gives it.
+        seed: used only by sets that draw their data with it.
+
+    Raises:
+        DataError: files that are missing, truncated or not what they should be.
+    """
+    files = dataset.find(source)
+    stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    identity = {
+        "version": SCHEMA_VERSION,
+        "name": dataset.name,
+        "options": repr(options),
+        "files": stamps,
+        "seed": seed if dataset.depends_on_seed else None,
+    }
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    folder = root / f"{dataset.name}-{key}"
+    if not (folder / "manifest.json").exists():
+        _build(dataset, dataset.read(files, seed), ", ".join(map(str, files)), folder)
+    return Store(folder)
+
+
+def _build(dataset: Dataset, groups: Iterable[Group], source: str, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _write(dataset, _pieces(dataset, groups), source, draft)
+        try:
+            draft.rename(folder)
+        except OSError:
+            # Somebody else was faster, with the same content.
+            if not (folder / "manifest.json").exists():
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _pieces(dataset: Dataset, groups: Iterable[Group]) -> Iterator[Group]:
+    """Natural clients whole and once, pools in pieces."""
+    seen: set[str] = set()
+    for group in groups:
+        if dataset.natural:
+            if group.client_id in seen:
+                raise DataError(
+                    f"{dataset.name}: client {group.client_id!r} occurs twice; merge its files or "
+                    "rename one"
+                )
+            seen.add(group.client_id)
+            yield group
+            continue
+        for start in range(0, len(group.y), POOL_PIECE):
+            cut = slice(start, start + POOL_PIECE)
+            official = None if group.official is None else group.official[cut]
+            yield Group("", group.x[cut], group.y[cut], official)
+
+
+def _write(dataset: Dataset, groups: Iterable[Group], source: str, draft: Path) -> None:
+    index: list[dict[str, Any]] = []
+    first: Group | None = None
+    writer: pa.RecordBatchFileWriter | None = None
+    for group in groups:
+        if len(group.x) != len(group.y):
+            raise DataError(
+                f"{dataset.name}: {len(group.x)} inputs but {len(group.y)} labels"
+                f"{f' of client {group.client_id!r}' if group.client_id else ''}"
+            )
+        first = first or group
+        batch = _record_batch(group)
+        writer = writer or pa.ipc.new_file(str(draft / "data.arrow"), batch.schema)
+        writer.write_batch(batch)
+        index.append(
+            {
+                "client_id": group.client_id,
+                "num_rows": len(group.y),
+                "sha256": _batch_digest(batch),
+            }
+        )
+    if writer is None or first is None:
+        raise DataError(f"{dataset.name}: no examples in {source or 'the source'}")
+    writer.close()
+    table = pa.Table.from_pylist(index)
+    with pa.ipc.new_file(str(draft / "index.arrow"), table.schema) as out:
+        out.write_table(table)
+    sha = hashlib.sha256("|".join(f"{r['client_id']}:{r['sha256']}" for r in index).encode())
+    manifest = Manifest(
+        SCHEMA_VERSION,
+        dataset.name,
+        dataset.title,
+        dataset.licence,
+        source,
+        int(table["num_rows"].to_numpy().sum()),
+        len(index),
+        tuple(first.x.shape[1:]),
+        tuple(first.y.shape[1:]),
+        sha.hexdigest(),
+    )
+    (draft / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1))
+
+
+def _record_batch(group: Group) -> pa.RecordBatch:
+    official = np.zeros(len(group.y), np.uint8) if group.official is None else group.official
+    arrays = [_column(group.x), _column(group.y), pa.array(official)]
+    return pa.RecordBatch.from_arrays(arrays, names=["x", "y", "official"])
+
+
+def _column(values: Array) -> pa.Array:
+    """(N, ...) as a primitive column, or as fixed-size lists of the flattened examples."""
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+    if values.ndim == 1:
+        return flat
+    return pa.FixedSizeListArray.from_arrays(flat, int(np.prod(values.shape[1:])))
+
+
+def _batch_digest(batch: pa.RecordBatch) -> str:
+    sha = hashlib.sha256()
+    for column in batch.columns:
+        sha.update(f"{column.type}|{len(column)}|".encode())
+        sha.update(_flat(column).tobytes())
+    return sha.hexdigest()
+
+
+def _flat(column: pa.Array) -> Array:
+    values = column.flatten() if pa.types.is_fixed_size_list(column.type) else column
+    return np.asarray(values.to_numpy(zero_copy_only=True))
+
+
+class Store:
+    """A prepared store, memory-mapped; only the rows that are read become memory of the reader."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            raw = json.loads((folder / "manifest.json").read_text())
+            for key in ("x_shape", "y_shape"):
+                raw[key] = tuple(raw[key])
+            self.manifest = Manifest(**raw)
+            self._index = pa.ipc.open_file(pa.memory_map(str(folder / "index.arrow"))).read_all()
+        except (OSError, ValueError, TypeError, KeyError, pa.ArrowInvalid) as error:
+            raise DataError(
+                f"{folder} is not a client store: {error}; {_remedy(folder)}"
+            ) from error
+        if self.manifest.schema_version != SCHEMA_VERSION:
+            raise DataError(
+                f"{folder} has schema version {self.manifest.schema_version}, this release reads "
+                f"{SCHEMA_VERSION}; {_remedy(folder)}"
+            )
+        self.start_rows: Rows = np.concatenate(
+            [[0], np.cumsum(self._index["num_rows"].to_numpy())]
+        ).astype(np.int64)
+        self._checked: set[int] = set()
+
+    @cached_property
+    def _reader(self) -> pa.RecordBatchFileReader:
+        path = self.folder / "data.arrow"
+        try:
+            return pa.ipc.open_file(pa.memory_map(str(path)))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(f"{path} cannot be read: {error}; {_remedy(self.folder)}") from error
+
+    @property
+    def client_ids(self) -> list[str]:
+        """Client of each record batch; empty strings in a pool."""
+        ids: list[str] = self._index["client_id"].to_pylist()
+        return ids
+
+    def labels(self) -> Array:
+        """The y column of all rows, for partitioning."""
+        parts = [_flat(self._batch(i).column("y")) for i in range(self.manifest.num_batches)]
+        return np.concatenate(parts).reshape(-1, *self.manifest.y_shape)
+
+    def official(self) -> npt.NDArray[np.uint8]:
+        """The published split of all rows: TRAIN or TEST."""
+        parts = [_flat(self._batch(i).column("official")) for i in range(self.manifest.num_batches)]
+        return np.concatenate(parts)
+
+    def read(self, rows: Rows) -> Fetched:
+        """Copies of the given rows, in that order; the record batches they lie in are checked.
+
+        Raises:
+            DataError: a record batch that is not what was written, named.
+        """
+        owner = np.searchsorted(self.start_rows, rows, side="right") - 1
+        x = y = None
+        for batch_index in np.unique(owner):
+            batch = self._batch(int(batch_index))
+            at = np.flatnonzero(owner == batch_index)
+            inside = rows[at] - self.start_rows[batch_index]
+            part_x = _flat(batch.column("x")).reshape(batch.num_rows, *self.manifest.x_shape)
+            part_y = _flat(batch.column("y")).reshape(batch.num_rows, *self.manifest.y_shape)
+            if x is None or y is None:
+                x = np.empty((len(rows), *part_x.shape[1:]), part_x.dtype)
+                y = np.empty((len(rows), *part_y.shape[1:]), part_y.dtype)
+            x[at], y[at] = part_x[inside], part_y[inside]
+        if x is None or y is None:
+            raise DataError(f"{self.folder}: asked for no rows")
+        return Fetched(x, y)
+
+    def _batch(self, index: int) -> pa.RecordBatch:
+        try:
+            batch = self._reader.get_batch(index)
+            good = index in self._checked or (
+                _batch_digest(batch) == self._index["sha256"][index].as_py()
+            )
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(
+                f"{self.folder / 'data.arrow'}: record batch {index} cannot be read: {error}; "
+                f"{_remedy(self.folder)}"
+            ) from error
+        if not good:
+            raise DataError(
+                f"{self.folder / 'data.arrow'}: record batch {index} (client "
+                f"{self.client_ids[index]!r}) is not what was written; {_remedy(self.folder)}"
+            )
+        self._checked.add(index)
+        return batch
+
+
+def _remedy(folder: Path) -> str:
+    return f"delete {folder} and prepare it again"

@@ -1,0 +1,207 @@
+"""The server loop: one round after the other, whatever the method and wherever the clients are."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from selffl_ray import trees
+from selffl_ray.algorithms.base import (
+    Algorithm,
+    Federation,
+    Gather,
+    Mean,
+    NotAvailable,
+    Reports,
+    Total,
+    UncertaintyRows,
+)
+from selffl_ray.errors import RunError
+from selffl_ray.evaluation import ClientScores, split_metrics
+from selffl_ray.faults import Abort, FaultsConfig, Retry, decide
+from selffl_ray.flat import digest
+from selffl_ray.host import Commit, Split
+from selffl_ray.participation import RoundPlan
+from selffl_ray.pool import ClientPool, RoundAnswers
+from selffl_ray.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """When to evaluate, whom, and on what.
+
+    rounds: indices of the rounds after which to evaluate; index: clients that take part; new_index:
+    clients held out as new; splits: ``val`` and ``test`` as wanted.
+    """
+
+    rounds: frozenset[int]
+    client_index: Indices
+    new_index: Indices
+    splits: tuple[Split, ...]
+
+
+@dataclass
+class RoundRecord:
+    """Everything about a finished round: for tables, tracker, checkpoint, progress.
+
+    metrics has the contract's names. scores are there after rounds that were evaluated.
+    """
+
+    plan: RoundPlan
+    server: Any
+    metrics: dict[str, float]
+    digest: str
+    faults: int
+    gradient_steps: int
+    uncertainty: UncertaintyRows | None = None
+    scores: dict[Split, ClientScores] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop needs: a method on a federation, the clients, plans and policies."""
+
+    algorithm: Algorithm
+    federation: Federation
+    pool: ClientPool
+    plans: Sequence[RoundPlan]
+    evaluation: EvaluationPlan
+    faults: FaultsConfig
+    task: Task
+
+
+def run_rounds(
+    run: Run, server: Any, *, first_round: int = 0, gradient_steps: int = 0
+) -> Iterator[RoundRecord]:
+    """Yield a record after every round, from ``first_round`` on.
+
+    Args:
+        server: state before ``first_round``; gradient_steps: spent before it.
+
+    Raises:
+        RunError: too few clients answered. StateLostError: a host died and took state along.
+    """
+    for plan in run.plans[first_round:]:
+        began = time.perf_counter()
+        message = run.algorithm.broadcast(server, plan)
+        answers = _ask_cohort(run, plan, message)
+        run.pool.accept(Commit(plan.round_index, answers.accepted))
+        server, sums, reports = _reduce(run, server, plan, answers)
+        server, record = run.algorithm.aggregate(server, sums, reports)
+        gradient_steps += sum(answers.gradients.values())
+        metrics = dict(record.metrics)
+        metrics |= _round_metrics(run, plan, answers, gradient_steps)
+        metrics["time/round_s"] = time.perf_counter() - began
+        done = RoundRecord(
+            plan=plan,
+            server=server,
+            metrics=metrics,
+            digest=_digest(server, answers),
+            faults=answers.faults,
+            gradient_steps=gradient_steps,
+            uncertainty=record.uncertainty,
+        )
+        if plan.round_index in run.evaluation.rounds:
+            _evaluate(run, done)
+        yield done
+
+
+def _ask_cohort(run: Run, plan: RoundPlan, message: tuple[Any, Any]) -> RoundAnswers:
+    """Ask the cohort until the fault policy is content."""
+    answers, index, attempt = None, plan.cohort, 0
+    while True:
+        answers = run.pool.local_update(plan, index, message, run.federation, answers)
+        failures = list(answers.failing.values())
+        missing = len(plan.cohort) - len(answers.accepted)
+        assert missing == len(failures), "everybody who is asked answers or fails"
+        decision = decide(run.faults, len(plan.cohort), failures, attempt)
+        if isinstance(decision, Abort):
+            raise RunError(f"round {plan.round_index}: {decision.reason}")
+        if not isinstance(decision, Retry):
+            return answers
+        logger.warning(
+            "round %d: asking %d clients again", plan.round_index, len(decision.client_index)
+        )
+        index = np.asarray(decision.client_index, np.int64)
+        attempt += 1
+
+
+def _reduce(
+    run: Run, server: Any, plan: RoundPlan, answers: RoundAnswers
+) -> tuple[Any, tuple[Tensor, ...], Reports]:
+    """The reductions in order; those that the server weighs may change its state."""
+    rows = trees.concatenate([answers.reports[i] for i in answers.accepted.tolist()])
+    reports = Reports(plan, answers.accepted, rows)
+    means = iter(run.pool.mean_results(answers, plan, run.federation))
+    sums: tuple[Tensor, ...] = ()
+    for which, reduction in enumerate(run.algorithm.reductions):
+        if isinstance(reduction, Mean):
+            result = next(means)
+        elif isinstance(reduction, Gather):
+            result = run.pool.gather(which, answers.accepted)
+        else:
+            assert isinstance(reduction, Total)
+            server, weights = reduction.weigh(server, reports, sums)
+            result = run.pool.total(which, weights)
+        sums = (*sums, result)
+    return server, sums, reports
+
+
+def _round_metrics(
+    run: Run, plan: RoundPlan, answers: RoundAnswers, gradient_steps: int
+) -> dict[str, float]:
+    spec, count = run.federation.spec, len(answers.accepted)
+    traffic = run.algorithm.traffic(plan)
+    width = torch.empty(0, dtype=spec.dtype).element_size()
+    num = run.federation.num_examples_M[answers.accepted]
+    loss = np.asarray([answers.loss[i] for i in answers.accepted.tolist()])
+    return {
+        "train/loss": float((num * loss).sum() / num.sum()),
+        "time/train_s": answers.seconds,
+        # Whoever is asked is sent the model; who fails sends nothing back.
+        "comm/bytes_down": float(traffic.down * width * len(plan.cohort)),
+        "comm/bytes_up": float(traffic.up * width * count),
+        "cost/gradient_steps": float(gradient_steps),
+        "clients/participants": float(count),
+        "clients/faults": float(answers.faults),
+    }
+
+
+def _digest(server: Any, answers: RoundAnswers) -> str:
+    """SHA-256 over the server's tensors, who was accepted, and how much they computed."""
+    counts = [answers.gradients[i] for i in answers.accepted.tolist()]
+    return digest((leaf for _, leaf in trees.leaves(server)), [*answers.accepted.tolist(), *counts])
+
+
+def _evaluate(run: Run, done: RoundRecord) -> None:
+    """Score everybody on the newest broadcast and the newest states; adds to the record."""
+    began = time.perf_counter()
+    algorithm, plan = run.algorithm, run.evaluation
+    params = algorithm.global_params(done.server)
+    arrays = None if isinstance(params, NotAvailable) else params.cpu().numpy()
+    spent = 0
+    groups = ((plan.client_index, plan.splits), (plan.new_index, ("new",)))
+    for index, splits in groups:
+        if not len(index) or not splits:
+            continue
+        at = RoundPlan(done.plan.round_index, index, done.plan.learning_rate)
+        message = algorithm.broadcast(done.server, at)
+        scores, gradients, _ = run.pool.evaluate(at, message, arrays, splits)
+        spent += gradients
+        done.scores |= scores
+    for split, found in done.scores.items():
+        done.metrics |= split_metrics(found, split, run.task)
+    done.metrics["cost/personalization_steps"] = float(spent)
+    done.metrics["time/eval_s"] = time.perf_counter() - began

@@ -1,0 +1,93 @@
+"""Where a run happened: versions, machine, placement, digests, numeric settings."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from selffl_ray.experiment import Prepared
+from selffl_ray.runtime.placement import PlacementPlan
+
+PACKAGES = ("ray", "torch", "numpy", "pandas", "mlflow", "pyarrow", "scipy", "safetensors")
+
+
+def package_version() -> str:
+    """Version of this package, ``unknown`` if it is not installed."""
+    try:
+        return metadata.version("selffl-ray")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def describe_environment(
+    prepared: Prepared, plan: PlacementPlan, where: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Content of ``environment.json``.
+
+    Args:
+        where: node, process, GPUs and device of each client actor; empty without Ray.
+    """
+    return {
+        "selffl_ray": package_version(),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "host": platform.node(),
+        "processor": processor(),
+        "cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "devices": sorted({w["device"] for w in where}) or ["cpu"],
+        "placement": {
+            "backend": plan.backend,
+            "num_actors": len(plan.actors),
+            "cpus_per_actor": plan.actors[0].cpus,
+            "gpus": [a.gpus for a in plan.actors],
+            "clients": [list(a.clients) for a in plan.actors],
+            "actors": where,
+        },
+        "stack_size": prepared.run_spec.stack_size,
+        "num_params": prepared.federation.spec.num_params,
+        "client_ids": prepared.client_ids,
+        "data_digest": prepared.store.manifest.digest,
+        "partition_digest": prepared.partition.digest,
+        "numerics": {
+            "dtype": str(prepared.federation.spec.dtype),
+            "tf32": torch.backends.cuda.matmul.allow_tf32,
+            "amp": False,
+            "threads_per_host": 1,
+        },
+    }
+
+
+def processor() -> str:
+    """Model of the processor and the instructions that torch uses: what bits depend on."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return f"{model} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _git_commit() -> str | None:
+    """Commit of the folder that the package lies in, if it is a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,64 @@
+"""Errors meant for a user: each message says the rule, the value found, the place and the remedy.
+
+Every constructor hands all of its arguments to ``Exception.__init__``, so that the errors unpickle
+between Ray actors with their message intact.
+"""
+
+from __future__ import annotations
+
+
+class SelfFLError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class UsageError(SelfFLError):
+    """The request itself cannot be carried out; found before any actor starts (exit status 2)."""
+
+
+class ConfigError(UsageError):
+    """A configuration key or value is wrong."""
+
+
+class DataError(UsageError):
+    """A data file, store or partition is missing, broken or does not fit the request."""
+
+
+class ModelError(UsageError):
+    """A model cannot be used as a stack of clients."""
+
+
+class PlacementError(UsageError):
+    """The machines cannot hold the actors that the placement asks for."""
+
+
+class VarianceError(SelfFLError):
+    """A variance is negative, NaN, or leaves nothing to weigh."""
+
+
+class CheckpointError(UsageError):
+    """A checkpoint is missing, broken or of another schema."""
+
+
+class RunError(SelfFLError):
+    """A run that had started cannot go on (exit status 1)."""
+
+
+class ClientError(SelfFLError):
+    """One client failed while training or evaluating.
+
+    Args:
+        message: cause, in words.
+        client_id: the client that failed.
+        round_index: round, from 0.
+        stage: ``local_update``, ``reduce``, ``evaluate``, ...
+    """
+
+    def __init__(self, message: str, client_id: str, round_index: int, stage: str) -> None:
+        super().__init__(message, client_id, round_index, stage)
+        self.message = message
+        self.client_id = client_id
+        self.round_index = round_index
+        self.stage = stage
+
+    def __str__(self) -> str:
+        return f"client {self.client_id!r}, round {self.round_index}, {self.stage}: {self.message}"

@@ -1,0 +1,1 @@
+"""Estimators of the two uncertainties: ``intra`` within a client, ``inter`` between clients."""

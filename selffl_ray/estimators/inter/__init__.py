@@ -1,0 +1,1 @@
+"""Estimators of inter-client uncertainty: one file each, registered by name."""

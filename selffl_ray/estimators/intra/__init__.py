@@ -1,0 +1,1 @@
+"""Estimators of intra-client uncertainty: one file each, registered by name."""

@@ -1,0 +1,195 @@
+"""From a configuration to a run: what must be known before anything starts, and the run itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from selffl_ray.algorithms.base import Algorithm, Federation
+from selffl_ray.config import ExperimentConfig
+from selffl_ray.datasets.base import Dataset, KnownVariances
+from selffl_ray.datasets.splits import ClientRows, Partition, split_clients
+from selffl_ray.datasets.store import Store, prepare, store_root
+from selffl_ray.driver import EvaluationPlan
+from selffl_ray.errors import DataError
+from selffl_ray.flat import ParamSpec
+from selffl_ray.host import DataSpec, RunSpec
+from selffl_ray.models.base import Model
+from selffl_ray.models.build import build_model, start_params
+from selffl_ray.participation import RoundPlan, plan_rounds
+from selffl_ray.registry import algorithms, datasets, partitioners
+from selffl_ray.seeding import generator
+
+CACHE_BYTES = 4 * 2**20
+"""A stack's parameters should fit into so much of a CPU's cache."""
+MOST_STACKED = 20
+"""Taller stacks gain nothing on a CPU."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that follows from a configuration before a client is started."""
+
+    config: ExperimentConfig
+    dataset: Dataset
+    store: Store
+    partition: Partition
+    model: Model
+    federation: Federation
+    algorithm: Algorithm
+    plans: Sequence[RoundPlan]
+    evaluation: EvaluationPlan
+    data_spec: DataSpec
+    run_spec: RunSpec
+
+    @property
+    def clients(self) -> tuple[ClientRows, ...]:
+        """All clients in index order: those that take part, then the new ones."""
+        return (*self.partition.clients, *self.partition.new_clients)
+
+    @property
+    def client_ids(self) -> list[str]:
+        """Their names."""
+        return [c.client_id for c in self.clients]
+
+    @property
+    def work(self) -> list[float]:
+        """Predicted work of each client a round, in padded examples."""
+        training = self.config.training
+        sizes = [len(c.train) for c in self.clients]
+        return [float(training.steps(n) * training.batch_length(n)) for n in sizes]
+
+
+def prepare_experiment(config: ExperimentConfig) -> Prepared:
+    """Read or build the data store, deal and split the clients, build model and algorithm.
+
+    Raises:
+        UsageError: anything about the configuration or the data that cannot work.
+    """
+    dataset: Dataset = datasets.make(config.data.component)
+    options = datasets.options(config.data.component)
+    root = store_root()
+    store = prepare(dataset, options, config.data.source, config.seed, root)
+    partitioner = partitioners.get(config.data.partition.name)
+    hands = partitioner.factory(
+        partitioners.options(config.data.partition), dataset, store, config.seed
+    )
+    evaluation = config.evaluation
+    assert evaluation.splits is not None, "load_config resolves it"
+    partition = split_clients(hands, evaluation.splits, evaluation.new_clients, config.seed)
+    model = build_model(config.model, dataset.shape)
+    federation = Federation(
+        client_ids=tuple(c.client_id for c in partition.clients),
+        num_examples_M=np.asarray([len(c.train) for c in partition.clients], np.int64),
+        num_examples_new=np.asarray([len(c.train) for c in partition.new_clients], np.int64),
+        spec=model.spec,
+        training=config.training,
+        num_outputs=dataset.shape.num_outputs,
+        known=_known_for(dataset, store, partition),
+    )
+    algorithm: Algorithm = algorithms.make(config.method, federation)
+    start = start_params(model, config.seed)
+    if config.training.start_from is not None:
+        start = read_params(Path(config.training.start_from), model.spec).numpy()
+    stack_size = _stack_size(config, model)
+    return Prepared(
+        config=config,
+        dataset=dataset,
+        store=store,
+        partition=partition,
+        model=model,
+        federation=federation,
+        algorithm=algorithm,
+        plans=plan_rounds(config.seed, config.training, federation.num_clients),
+        evaluation=_evaluation_plan(config, federation, partition),
+        data_spec=DataSpec(
+            config.data.component,
+            config.data.source,
+            config.seed,
+            str(root),
+            store.manifest.digest,
+        ),
+        run_spec=RunSpec(
+            config.method,
+            config.model,
+            config.training,
+            federation,
+            config.seed,
+            start,
+            stack_size,
+        ),
+    )
+
+
+def _known_for(dataset: Dataset, store: Store, partition: Partition) -> KnownVariances | None:
+    """True variances of the clients that take part, in their order."""
+    if dataset.known is None:
+        return None
+    known = dataset.known()
+    by_id = dict(zip(store.client_ids, known.intra_var_M.tolist(), strict=True))
+    return KnownVariances(
+        known.inter_var, np.asarray([by_id[c.client_id] for c in partition.clients])
+    )
+
+
+def _evaluation_plan(
+    config: ExperimentConfig, federation: Federation, partition: Partition
+) -> EvaluationPlan:
+    splits = config.evaluation.splits
+    assert splits is not None
+    index = np.arange(federation.num_clients)
+    new = np.arange(federation.num_clients, federation.num_all)
+    most = config.evaluation.max_clients
+    if most is not None and most < len(index):
+        rng = generator(config.seed, "evaluation")
+        index = np.sort(rng.choice(len(index), size=most, replace=False))
+    wanted = tuple(
+        split for split in ("val", "test") if any(len(getattr(c, split)) for c in partition.clients)
+    )
+    rounds = config.evaluation.rounds(config.training.num_rounds)
+    return EvaluationPlan(rounds, index.astype(np.int64), new.astype(np.int64), wanted)
+
+
+def _stack_size(config: ExperimentConfig, model: Model) -> int:
+    if config.placement.stack_size != "auto":
+        return config.placement.stack_size
+    if not model.stacks_on_cpu:
+        return 1
+    fits = CACHE_BYTES // (4 * model.spec.num_params)
+    return int(np.clip(fits, 4, MOST_STACKED))
+
+
+def read_params(path: Path, spec: ParamSpec) -> torch.Tensor:
+    """A flat vector from a safetensors file with the model's parameter names.
+
+    Raises:
+        DataError: missing file, missing or extra names, another shape.
+    """
+    try:
+        named = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"training.start_from: {path} is not a readable safetensors file: {error}"
+        ) from error
+    for name, shape in zip(spec.names, spec.shapes, strict=True):
+        found = tuple(named[name].shape) if name in named else None
+        if found != shape:
+            raise DataError(
+                f"training.start_from: {path} has {name} of shape {found}, the model needs {shape}"
+            )
+    return spec.flatten([named[name] for name in spec.names])
+
+
+def write_params(path: Path, theta_P: torch.Tensor, spec: ParamSpec) -> None:
+    """A model's parameters by name as safetensors, written whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({k: v.contiguous() for k, v in spec.named(theta_P.cpu()).items()}, draft)
+    draft.replace(path)

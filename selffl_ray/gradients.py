@@ -1,0 +1,135 @@
+"""Outputs and gradients of the rows of a stack, with the same bits at any height of the stack.
+
+Where a client is placed decides how many rows stand beside it. Its numbers must not: every shape
+that a row's arithmetic sees may depend on that row and on run-wide constants only. Batched matrix
+products keep that promise for most shapes, some kernels only from two rows on, some not at all.
+Instead of trusting a list, :class:`RowEngine` tries each new shape once, with made-up numbers, at
+the heights 1, 2 and 5, and then runs that shape as it must be run.
+
+Shape letters: C clients of a stack, P parameters, B examples of a batch, K outputs.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selffl_ray.models.base import Model
+from selffl_ray.seeding import generator
+from selffl_ray.tasks import Task
+
+
+class Height(enum.Enum):
+    """How a shape must be run so that a row's bits do not depend on its neighbours."""
+
+    ANY = "any height"
+    PAIR = "at least two rows: a single one gets a copy of itself beside it"
+    ONE = "one row at a time"
+
+
+class RowEngine:
+    """Applies one model to stacks on one device.
+
+    On a CPU, rows have the same bits at any height. On a GPU stacks run as they come: libraries
+    choose kernels by size there, and equality holds within rounding only.
+    """
+
+    def __init__(self, model: Model, task: Task, device: torch.device) -> None:
+        self.model = model
+        self.task = task
+        self.device = device
+        self._heights: dict[tuple[int, ...], Height] = {}
+
+    def outputs(self, theta_CP: Tensor, x_CB: Tensor) -> Tensor:
+        """Outputs of every row on its own inputs: (C, B, K), without a graph.
+
+        A single row of parameters, (1, P) against (C, B, ...), serves all rows of inputs.
+        """
+        rows = x_CB.shape[0]
+        with torch.no_grad():
+            return self._by_height(
+                x_CB.shape[1:],
+                rows,
+                lambda pick: self.model.apply(
+                    self.model.spec.views(theta_CP.expand(rows, -1)[pick]), x_CB[pick]
+                ),
+            )
+
+    def loss_and_grad(
+        self, theta_CP: Tensor, x_CB: Tensor, y_CB: Tensor, weight_CB: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted loss and its gradient for every row.
+
+        Args:
+            weight_CB: (C, B) weight of each example, 0 for padding; a row's sum is 1 for a mean.
+
+        Returns:
+            loss_C, sum over the batch of weight * loss; grad_CP. The sum of the rows' losses is
+            differentiated once: rows share no parameter, so row c of the gradient is row c's own.
+        """
+
+        def run(pick: Tensor | slice) -> Tensor:
+            leaves = tuple(
+                v.detach().requires_grad_() for v in self.model.spec.views(theta_CP[pick])
+            )
+            loss_CB = self.task.loss(self.model.apply(leaves, x_CB[pick]), y_CB[pick])
+            loss_C = (loss_CB * weight_CB[pick]).sum(1)
+            grads = torch.autograd.grad(loss_C.sum(), leaves, materialize_grads=True)
+            return torch.cat([loss_C.detach().unsqueeze(1), *(g.flatten(1) for g in grads)], 1)
+
+        joined = self._by_height(x_CB.shape[1:], theta_CP.shape[0], run)
+        return joined[:, 0], joined[:, 1:]
+
+    def _by_height(
+        self, batch_shape: Sequence[int], rows: int, run: Callable[[Tensor | slice], Tensor]
+    ) -> Tensor:
+        height = self._height(tuple(batch_shape))
+        if height is Height.ONE and rows > 1:
+            return torch.cat([run(slice(row, row + 1)) for row in range(rows)])
+        if height is Height.PAIR and rows == 1:
+            return run(torch.zeros(2, dtype=torch.int64, device=self.device))[:1]
+        return run(slice(None))
+
+    def _height(self, batch_shape: tuple[int, ...]) -> Height:
+        if self.device.type != "cpu":
+            return Height.ANY
+        if not self.model.stacks_on_cpu:
+            return Height.ONE
+        if batch_shape not in self._heights:
+            self._heights[batch_shape] = self._try_heights(batch_shape)
+        return self._heights[batch_shape]
+
+    @torch.enable_grad()
+    def _try_heights(self, batch_shape: tuple[int, ...]) -> Height:
+        """Compare row 0 alone, beside a copy, and among five, on made-up numbers."""
+        rng = generator(0, "row heights")
+        spec, shape = self.model.spec, self.model.shape
+        theta_CP = torch.from_numpy(rng.normal(scale=0.1, size=(5, spec.num_params)))
+        theta_CP = theta_CP.to(spec.dtype)
+        x_CB = _made_up_inputs(rng, (5, *batch_shape), shape.num_tokens)
+        pull_CBK = torch.from_numpy(rng.normal(size=(5, batch_shape[0], shape.num_outputs)))
+
+        def row(pick: list[int]) -> list[Tensor]:
+            leaves = tuple(v.detach().requires_grad_() for v in spec.views(theta_CP[pick]))
+            outputs = self.model.apply(leaves, x_CB[pick])
+            pull = (outputs * pull_CBK[pick].to(outputs.dtype)).sum()
+            grads = torch.autograd.grad(pull, leaves, materialize_grads=True)
+            return [outputs[0].detach(), *(g[0] for g in grads)]
+
+        alone, beside, among = row([0]), row([0, 0]), row([0, 1, 2, 3, 4])
+        if not all(torch.equal(a, b) for a, b in zip(beside, among, strict=True)):
+            return Height.ONE
+        same = all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))
+        return Height.ANY if same else Height.PAIR
+
+
+def _made_up_inputs(
+    rng: np.random.Generator, shape: tuple[int, ...], num_tokens: int | None
+) -> Tensor:
+    if num_tokens is not None:
+        return torch.from_numpy(rng.integers(num_tokens, size=shape))
+    return torch.from_numpy(rng.normal(size=shape)).to(torch.float32)

@@ -1,0 +1,526 @@
+"""One host: the data and state of one or several clients, trained and evaluated in stacks.
+
+A plain class. ``runtime/actors.py`` puts it into Ray actors, ``pool.py`` runs it in process.
+
+What a round produces is *staged* and becomes the clients' state only when the driver names the
+accepted clients, so a retried, refused or uncounted update never advances a state; a client that is
+asked twice for one round answers from what was staged.
+
+Indices are those of the federation: M clients that take part, then the new ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import torch
+from torch import Tensor
+
+from selffl_ray import trees
+from selffl_ray.algorithms.base import (
+    Algorithm,
+    Federation,
+    Gather,
+    Local,
+    Mean,
+    Total,
+    use_global_params,
+)
+from selffl_ray.datasets.base import Dataset
+from selffl_ray.datasets.splits import ClientRows
+from selffl_ray.datasets.store import Store, prepare
+from selffl_ray.errors import DataError
+from selffl_ray.evaluation import ClientScores, join_scores, score_rows
+from selffl_ray.flat import exact_sum, representable
+from selffl_ray.gradients import RowEngine
+from selffl_ray.models.build import ModelConfig, build_model
+from selffl_ray.participation import RoundPlan
+from selffl_ray.registry import Component, algorithms, datasets
+from selffl_ray.training import Rows, Stack, TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+Indices = npt.NDArray[np.int64]
+Split = str
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Which data a host reads: everything that names a store, and the digest that it must have."""
+
+    dataset: Component
+    source: str | None
+    seed: int
+    root: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run of one method: everything that a host needs to build its half."""
+
+    method: Component
+    model: ModelConfig
+    training: TrainingConfig
+    federation: Federation
+    seed: int
+    start_params: npt.NDArray[Any]
+    stack_size: int
+
+
+class Commit(NamedTuple):
+    """The clients of a round whose updates count."""
+
+    round_index: int
+    accepted: Indices
+
+
+Commits = tuple[Commit, ...]
+
+
+class ClientFailure(NamedTuple):
+    """A client that gave no update: why, and whether asking again can help."""
+
+    client_index: int
+    stage: str
+    cause: str
+    retry: bool
+
+
+class LocalRequest(NamedTuple):
+    """A round for some clients of a host; rows and shares are in the order of ``client_index``."""
+
+    plan: RoundPlan
+    client_index: Indices
+    per_client: Any
+    mean_shares: tuple[npt.NDArray[np.float64], ...]
+
+
+class LocalAnswer(NamedTuple):
+    """Reports of the clients that answered (ascending), partial means, and failures."""
+
+    client_index: Indices
+    reports: Any
+    loss: npt.NDArray[np.float64]
+    gradients: Indices
+    means: tuple[npt.NDArray[np.int64], ...]
+    failures: tuple[ClientFailure, ...]
+    seconds: float
+    memory_bytes: int
+
+
+class ReduceRequest(NamedTuple):
+    """A Total: client indices and their weights."""
+
+    which: int
+    client_index: Indices
+    weight: npt.NDArray[np.float64]
+
+
+class EvalRequest(NamedTuple):
+    """Clients to evaluate, and for each split whether it is wanted."""
+
+    plan: RoundPlan
+    client_index: Indices
+    per_client: Any
+    splits: tuple[Split, ...]
+
+
+class EvalAnswer(NamedTuple):
+    """Scores by split, gradients spent on personalization, and seconds."""
+
+    scores: dict[Split, ClientScores]
+    gradients: int
+    seconds: float
+
+
+class StateRows(NamedTuple):
+    """Committed state rows of some clients, for checkpoints."""
+
+    client_index: Indices
+    state: Any
+
+
+class _Staged(NamedTuple):
+    """Rows of one client's update that wait for the driver's decision; ``local`` has one row."""
+
+    round_index: int
+    local: Local
+
+
+class ClientHost:
+    """Data, state and computation of some clients.
+
+    Args:
+        device: where stacks are computed.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        # Two threads give a stack of one other bits, and lose badly to any other load.
+        torch.set_num_threads(1)
+        self.device = device or torch.device("cpu")
+        self._clients: dict[int, ClientRows] = {}
+        self._rows: dict[Split, Rows] = {}
+        self._place: dict[int, int] = {}
+        self._states: dict[int, Any] = {}
+        self._changed: set[int] = set()
+        self._staged: dict[int, _Staged] = {}
+
+    # -- set-up ---------------------------------------------------------------------------------
+
+    def load(self, spec: DataSpec, clients: dict[int, ClientRows]) -> int:
+        """Read the given clients' examples; returns their bytes.
+
+        Raises:
+            DataError: the store on this machine holds other data than the driver's.
+        """
+        dataset: Dataset = datasets.make(spec.dataset)
+        options = datasets.options(spec.dataset)
+        store = prepare(dataset, options, spec.source, spec.seed, Path(spec.root))
+        if store.manifest.digest != spec.digest:
+            raise DataError(
+                f"{store.folder} holds other data than the driver's (digest "
+                f"{store.manifest.digest[:12]} instead of {spec.digest[:12]}); put the same source "
+                "files on every node"
+            )
+        self._dataset = dataset
+        self._clients = dict(sorted(clients.items()))
+        self._place = {index: place for place, index in enumerate(self._clients)}
+        self._rows = {
+            split: self._read(store, [getattr(c, split) for c in self._clients.values()])
+            for split in ("train", "val", "test")
+        }
+        return sum(r.x.nbytes + r.y.nbytes for r in self._rows.values())
+
+    def _read(self, store: Store, rows: Sequence[Indices]) -> Rows:
+        num = torch.tensor([len(r) for r in rows], dtype=torch.int64)
+        xs, ys = [], []
+        for client, own in zip(self._clients.values(), rows, strict=True):
+            if len(own):
+                fetched = store.read(own)
+                turned = (
+                    np.rot90(fetched.x, client.quarter_turns, axes=(-2, -1))
+                    if (client.quarter_turns)
+                    else fetched.x
+                )
+                xs.append(self._dataset.features(turned))
+                ys.append(fetched.y)
+        manifest = store.manifest
+        x = np.concatenate(xs) if xs else np.empty((0, *manifest.x_shape), np.float32)
+        y = np.concatenate(ys) if ys else np.empty((0, *manifest.y_shape), np.int64)
+        return Rows(
+            torch.from_numpy(np.ascontiguousarray(x)).to(self.device),
+            torch.from_numpy(y).to(self.device),
+            torch.cumsum(num, 0) - num,
+            num,
+        )
+
+    def begin(self, spec: RunSpec) -> None:
+        """Forget the last run and get ready for another on the same data."""
+        self._spec = spec
+        model = build_model(spec.model, self._dataset.shape)
+        self._engine = RowEngine(model, self._dataset.task, self.device)
+        if not self._rows["train"].y.dtype.is_floating_point:
+            targets = self._rows
+        else:
+            targets = {k: r._replace(y=r.y.to(model.spec.dtype)) for k, r in self._rows.items()}
+        self._data = targets
+        self._algorithm: Algorithm = algorithms.make(spec.method, spec.federation)
+        self._start_P = torch.from_numpy(np.array(spec.start_params)).to(self.device)
+        self._states, self._staged, self._changed = {}, {}, set()
+
+    # -- one round ------------------------------------------------------------------------------
+
+    def local_update(
+        self, shared_arrays: Any, commits: Commits, request: LocalRequest
+    ) -> LocalAnswer:
+        """Train the asked clients, stage what they produced, and return reports and means."""
+        began = time.perf_counter()
+        self._commit(commits)
+        now = request.plan.round_index
+        self._staged = {i: s for i, s in self._staged.items() if s.round_index == now}
+        shared = trees.to_tensors(shared_arrays, self.device)
+        per_client = trees.to_tensors(request.per_client)
+        at = {int(index): row for row, index in enumerate(request.client_index)}
+        failures: list[ClientFailure] = []
+        fresh = [i for i in at if not self._has_staged(i, request.plan.round_index)]
+        for members in self._stacks(fresh):
+            failures += self._train(members, at, request.plan, shared, per_client)
+        good = sorted(i for i in at if self._has_staged(i, request.plan.round_index))
+        locals_ = [self._staged[i].local for i in good]
+        means = []
+        for mean, share in zip(self._means(), request.mean_shares, strict=True):
+            rows = [mean.rows(local.payload)[0] for local in locals_]
+            weights = [float(share[at[i]]) for i in good]
+            means.append(self._sum(rows, weights))
+        return LocalAnswer(
+            np.asarray(good, np.int64),
+            trees.to_arrays(trees.concatenate([loc.report for loc in locals_])) if good else None,
+            np.asarray([float(local.loss_C[0]) for local in locals_]),
+            np.asarray([int(local.gradients_C[0]) for local in locals_], np.int64),
+            tuple(means),
+            tuple(failures),
+            time.perf_counter() - began,
+            resident_bytes(),
+        )
+
+    def reduce(self, commits: Commits, request: ReduceRequest) -> npt.NDArray[np.int64]:
+        """This host's part of a Total, on the integer grid of exact sums."""
+        self._commit(commits)
+        total = self._algorithm.reductions[request.which]
+        assert isinstance(total, Total)
+        weights = torch.from_numpy(request.weight)
+        if total.groups is not None:
+            weights = total.groups.spread(weights)
+        rows, used = [], []
+        for at, index in enumerate(request.client_index.tolist()):
+            own = total.of == "state"
+            tree = self._states[index] if own else self._staged[index].local.payload
+            rows.append(total.rows(tree)[0])
+            used.append(weights[at] if total.groups is not None else float(weights[at]))
+        return self._sum(rows, used)
+
+    def gather(self, commits: Commits, which: int, accepted: Indices) -> npt.NDArray[Any]:
+        """Rows of a Gather of this host's accepted clients, ascending."""
+        self._commit(commits)
+        gather = self._algorithm.reductions[which]
+        assert isinstance(gather, Gather)
+        rows = [gather.rows(self._staged[i].local.payload) for i in accepted.tolist()]
+        return np.asarray(torch.cat(rows).cpu().numpy())
+
+    def evaluate(
+        self,
+        models: tuple[Any, npt.NDArray[Any] | None],
+        commits: Commits,
+        request: EvalRequest,
+    ) -> EvalAnswer:
+        """Scores of the asked clients' personalized models and of the global model.
+
+        Args:
+            models: what is broadcast, and the global model if there is one.
+        """
+        began = time.perf_counter()
+        self._commit(commits)
+        shared = trees.to_tensors(models[0], self.device)
+        per_client = trees.to_tensors(request.per_client)
+        global_1P = None
+        if models[1] is not None:
+            global_1P = torch.from_numpy(np.array(models[1])).to(self.device)[None]
+        at = {int(index): row for row, index in enumerate(request.client_index)}
+        found: dict[Split, list[ClientScores]] = {split: [] for split in request.splits}
+        gradients = 0
+        for members in self._stacks(at):
+            stack = self._stack(members, request.plan)
+            rows = trees.take_rows(per_client, torch.tensor([at[i] for i in members]))
+            personal_CP, cost = self._personal(members, shared, rows, stack)
+            gradients += cost
+            for split in request.splits:
+                found[split].append(self._score(members, split, personal_CP, global_1P))
+        scores = {split: join_scores(parts) for split, parts in found.items()}
+        return EvalAnswer(scores, gradients, time.perf_counter() - began)
+
+    def personal_models(
+        self, shared_arrays: Any, commits: Commits, request: EvalRequest
+    ) -> dict[int, npt.NDArray[Any]]:
+        """What each asked client predicts with; {} where it is the global model."""
+        self._commit(commits)
+        shared = trees.to_tensors(shared_arrays, self.device)
+        per_client = trees.to_tensors(request.per_client)
+        at = {int(index): row for row, index in enumerate(request.client_index)}
+        found: dict[int, npt.NDArray[Any]] = {}
+        for members in self._stacks(at):
+            rows = trees.take_rows(per_client, torch.tensor([at[i] for i in members]))
+            params, _ = self._personal(members, shared, rows, self._stack(members, request.plan))
+            if params is not None:
+                found |= {i: params[row].cpu().numpy() for row, i in enumerate(members)}
+        return found
+
+    # -- checkpoints ----------------------------------------------------------------------------
+
+    def export_states(self, commits: Commits, changed_only: bool) -> StateRows | None:
+        """Committed state rows, of the clients that changed since the last export or of all."""
+        self._commit(commits)
+        index = sorted(self._changed if changed_only else self._states)
+        self._changed = set()
+        if not index:
+            return None
+        rows = trees.concatenate([self._states[i] for i in index])
+        return StateRows(np.asarray(index, np.int64), trees.to_arrays(rows))
+
+    def import_states(self, rows: StateRows | None) -> None:
+        """Replace all states by saved rows of this host's clients."""
+        self._states, self._staged, self._changed = {}, {}, set()
+        if rows is None:
+            return
+        tensors = trees.to_tensors(rows.state, self.device)
+        for at, index in enumerate(rows.client_index.tolist()):
+            self._states[index] = trees.take_rows(tensors, slice(at, at + 1))
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _means(self) -> list[Mean]:
+        return [r for r in self._algorithm.reductions if isinstance(r, Mean)]
+
+    def _sum(self, rows: list[Tensor], weights: Sequence[Any]) -> npt.NDArray[np.int64]:
+        if not rows:
+            return np.empty(0, np.int64)
+        return np.asarray(exact_sum(rows, weights).cpu().numpy())
+
+    def _has_staged(self, index: int, round_index: int) -> bool:
+        return index in self._staged and self._staged[index].round_index == round_index
+
+    def _commit(self, commits: Commits) -> None:
+        """Make the accepted clients' staged states theirs; payloads stay until the next round."""
+        for commit in commits:
+            for index in commit.accepted.tolist():
+                assert self._has_staged(index, commit.round_index), "accepted, so it answered"
+                self._states[index] = self._staged[index].local.state
+                self._changed.add(index)
+
+    def _stacks(self, index: Iterable[int]) -> list[list[int]]:
+        """Clients in stacks: one batch length each, of similar numbers of steps."""
+        training, num = self._spec.training, self._data["train"].num_C
+
+        def key(i: int) -> tuple[int, int, int]:
+            examples = int(num[self._place[i]])
+            return training.batch_length(examples), training.steps(examples), i
+
+        ordered = sorted(index, key=key)
+        stacks: list[list[int]] = []
+        for i in ordered:
+            full = not stacks or len(stacks[-1]) == self._spec.stack_size
+            if full or key(stacks[-1][0])[0] != key(i)[0]:
+                stacks.append([])
+            stacks[-1].append(i)
+        return stacks
+
+    def _stack(self, members: Sequence[int], plan: RoundPlan) -> Stack:
+        train = self._data["train"].select([self._place[i] for i in members])
+        return Stack(
+            tuple(self._clients[i].client_id for i in members),
+            train,
+            self._spec.training.batch_length(int(train.num_C[0])),
+            self._engine,
+            self._spec.training,
+            self._spec.seed,
+            plan.round_index,
+            plan.learning_rate,
+        )
+
+    def _state_rows(self, members: Sequence[int]) -> Any:
+        """States of the members; clients that never took part have their first one."""
+        first = None
+        rows = []
+        for i in members:
+            if i not in self._states and first is None:
+                first = self._algorithm.init_client(self._start_P, 1)
+            rows.append(self._states.get(i, first))
+        return trees.concatenate(rows)
+
+    def _train(
+        self,
+        members: list[int],
+        at: dict[int, int],
+        plan: RoundPlan,
+        shared: Any,
+        per_client: Any,
+    ) -> list[ClientFailure]:
+        rows = trees.take_rows(per_client, torch.tensor([at[i] for i in members]))
+        stack = self._stack(members, plan)
+        try:
+            local = self._algorithm.local_update(shared, rows, self._state_rows(members), stack)
+        except Exception as error:
+            if len(members) > 1:
+                # One client's failure must not take its stack along.
+                alone = [self._train([i], at, plan, shared, per_client) for i in members]
+                return [failure for part in alone for failure in part]
+            logger.warning("client %s failed: %r", stack.client_ids[0], error)
+            return [ClientFailure(members[0], "local_update", f"{error!r}", True)]
+        good_C = self._usable(local)
+        failures = []
+        for row, index in enumerate(members):
+            if bool(good_C[row]):
+                one = trees.take_rows(local, slice(row, row + 1))
+                self._staged[index] = _Staged(plan.round_index, one)
+            else:
+                cause = "its update holds NaN, infinity or values of 32768 and more: it diverged"
+                failures.append(ClientFailure(index, "local_update", cause, False))
+        return failures
+
+    def _usable(self, local: Local) -> Tensor:
+        """(C,) bool: rows whose state and payload are finite and fit the exact sums."""
+        good_C = torch.ones(len(local.loss_C), dtype=torch.bool)
+        for part in (local.state, local.payload):
+            for _, leaf in trees.leaves(part):
+                if leaf.is_floating_point():
+                    good_C &= representable(leaf.flatten(1))
+        return good_C
+
+    def _personal(
+        self, members: Sequence[int], shared: Any, per_client: Any, stack: Stack
+    ) -> tuple[Tensor | None, int]:
+        """Personalized models (None: the global one), and the gradients that they cost."""
+        if self._algorithm.personalize is use_global_params:
+            return None, 0
+        state = self._state_rows(members)
+        unseen = [row for row, i in enumerate(members) if i not in self._states]
+        if unseen:
+            pick = torch.tensor(unseen)
+            part = self._stack(
+                [members[row] for row in unseen],
+                RoundPlan(stack.round_index, np.empty(0, np.int64), stack.learning_rate),
+            )
+            adapted = self._algorithm.adapted(
+                shared, trees.take_rows(per_client, pick), trees.take_rows(state, pick), part
+            )
+            state = trees.map_tree(
+                lambda old, new: old.clone().index_copy_(0, pick.to(old.device), new),
+                state,
+                adapted,
+            )
+        personal = self._algorithm.personalize(shared, per_client, state, stack)
+        return personal.params_CP, int(personal.gradients_C.sum())
+
+    def _score(
+        self,
+        members: Sequence[int],
+        split: Split,
+        personal_CP: Tensor | None,
+        global_1P: Tensor | None,
+    ) -> ClientScores:
+        rows = self._data["test" if split == "new" else split].select(
+            [self._place[i] for i in members]
+        )
+        nothing = torch.full((len(members),), torch.nan, dtype=torch.float64)
+        judged, judged_own, loss = nothing, nothing, nothing
+        size = self._spec.stack_size
+        if global_1P is not None:
+            judged, loss = score_rows(self._engine, global_1P, rows, "global", size)
+            judged_own = judged
+            if self._dataset.task.roles_differ:
+                judged_own, _ = score_rows(self._engine, global_1P, rows, "local", size)
+        local, local_loss = judged_own, loss
+        if personal_CP is not None:
+            local, local_loss = score_rows(self._engine, personal_CP, rows, "local", size)
+        return ClientScores(
+            np.asarray(members, np.int64),
+            rows.num_C.numpy(),
+            judged.numpy(),
+            judged_own.numpy(),
+            loss.numpy(),
+            local.numpy(),
+            local_loss.numpy(),
+        )
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    return int(psutil.Process().memory_info().rss)

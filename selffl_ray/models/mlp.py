@@ -1,0 +1,78 @@
+"""Multi-layer perceptron with ReLU, one batched matrix product a layer for a whole stack."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selffl_ray.errors import ConfigError
+from selffl_ray.flat import FlatParams, ParamSpec
+from selffl_ray.models.base import Leaves, Model
+from selffl_ray.registry import register_model
+from selffl_ray.tasks import DataShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPConfig:
+    """Options of ``model: {name: mlp}``."""
+
+    hidden: tuple[int, ...] = (64,)
+    """Units of each hidden layer."""
+
+    def __post_init__(self) -> None:
+        if any(units < 1 for units in self.hidden):
+            raise ConfigError(f"model.hidden must hold positive numbers, got {list(self.hidden)}")
+
+
+@register_model("mlp", MLPConfig)
+def mlp(config: MLPConfig, shape: DataShape) -> Model:
+    """Layers ``hidden0``, ``hidden1``, ..., ``output``; weights are stored (inputs, outputs).
+
+    Start: weights N(0, 2 / inputs) before a ReLU and N(0, 1 / inputs) in the last layer, biases 0.
+    Source: He et al. 2015, "Delving deep into rectifiers".
+    """
+    widths = (math.prod(shape.input_shape), *config.hidden, shape.num_outputs)
+    names = [*(f"hidden{i}" for i in range(len(config.hidden))), "output"]
+    spec = dense_spec(names, widths)
+
+    def apply(leaves: Leaves, x: Tensor) -> Tensor:
+        return dense_stack(leaves, x.flatten(2))
+
+    def init(rng: np.random.Generator) -> FlatParams:
+        return spec.flatten(dense_init(rng, widths))
+
+    return Model(spec, shape, apply, init)
+
+
+def dense_spec(names: list[str], widths: tuple[int, ...]) -> ParamSpec:
+    """Weight and bias of each dense layer, in order."""
+    pairs = list(pairwise(widths))
+    return ParamSpec(
+        tuple(f"{name}.{part}" for name in names for part in ("weight", "bias")),
+        tuple(shape for i, o in pairs for shape in ((i, o), (o,))),
+    )
+
+
+def dense_stack(leaves: Leaves, hidden: Tensor) -> Tensor:
+    """Dense layers with ReLU between them: (C, B, inputs) -> (C, B, outputs)."""
+    weights, biases = leaves[0::2], leaves[1::2]
+    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if index:
+            hidden = hidden.relu()
+        hidden = torch.baddbmm(bias.unsqueeze(1), hidden, weight)
+    return hidden
+
+
+def dense_init(rng: np.random.Generator, widths: tuple[int, ...]) -> list[Tensor]:
+    """He weights, a quieter last layer, zero biases."""
+    params = []
+    for index, (fan_in, fan_out) in enumerate(pairwise(widths)):
+        gain = 1.0 if index == len(widths) - 2 else 2.0
+        weight = rng.normal(scale=math.sqrt(gain / fan_in), size=(fan_in, fan_out))
+        params += [torch.from_numpy(weight), torch.zeros(fan_out)]
+    return params

@@ -1,0 +1,395 @@
+"""All clients of a run, wherever their hosts live.
+
+:class:`ClientPool` splits a round's requests by home, asks all hosts at once, and puts the answers
+together in client order. How a host is reached is a :class:`Transport`: in this process, or Ray
+actors (``runtime/ray_pool.py``). The same code above both is what makes their bits the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from selffl_ray import trees
+from selffl_ray.algorithms.base import Algorithm, Federation, Gather, Mean, Total, Weights
+from selffl_ray.datasets.splits import ClientRows
+from selffl_ray.evaluation import ClientScores, join_scores
+from selffl_ray.flat import exact_value
+from selffl_ray.host import (
+    ClientFailure,
+    ClientHost,
+    Commit,
+    DataSpec,
+    EvalAnswer,
+    EvalRequest,
+    LocalAnswer,
+    LocalRequest,
+    ReduceRequest,
+    RunSpec,
+    Split,
+    StateRows,
+)
+from selffl_ray.participation import RoundPlan
+
+logger = logging.getLogger(__name__)
+
+Indices = npt.NDArray[np.int64]
+
+
+class HostLost(NamedTuple):
+    """A host that gave no answer: it died or did not answer in time."""
+
+    host: int
+    cause: str
+
+
+class Transport(Protocol):
+    """How hosts are reached."""
+
+    @property
+    def num_hosts(self) -> int:
+        """Number of hosts."""
+        ...
+
+    def call(
+        self, method: str, arguments: Mapping[int, tuple[Any, ...]], shared: Any = None
+    ) -> dict[int, Any]:
+        """Call a method of several hosts at once: host -> its answer, or :class:`HostLost`.
+
+        ``shared``, if given, is the first argument of all and travels to each machine once.
+        """
+        ...
+
+    def restart(self, host: int) -> None:
+        """Replace a lost host by a fresh one."""
+        ...
+
+    def close(self) -> None:
+        """End the hosts."""
+        ...
+
+
+class LocalTransport:
+    """Hosts in this process, asked one after the other."""
+
+    def __init__(self, num_hosts: int = 1, device: torch.device | None = None) -> None:
+        self._device = device
+        self._hosts = [ClientHost(device) for _ in range(num_hosts)]
+
+    @property
+    def num_hosts(self) -> int:
+        """Number of hosts."""
+        return len(self._hosts)
+
+    def call(
+        self, method: str, arguments: Mapping[int, tuple[Any, ...]], shared: Any = None
+    ) -> dict[int, Any]:
+        """Answers in host order."""
+        first = () if shared is None else (shared,)
+        return {
+            h: getattr(self._hosts[h], method)(*first, *arguments[h]) for h in sorted(arguments)
+        }
+
+    def restart(self, host: int) -> None:
+        """A fresh host without data or state."""
+        self._hosts[host] = ClientHost(self._device)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class StateLostError(Exception):
+    """Client state went with a host: the run must go back to a checkpoint (or its start).
+
+    Args:
+        lost: the hosts and why.
+    """
+
+    def __init__(self, lost: Sequence[HostLost]) -> None:
+        super().__init__(tuple(lost))
+        self.lost = tuple(lost)
+
+
+@dataclass
+class RoundAnswers:
+    """What a cohort answered so far, over one or several attempts."""
+
+    reports: dict[int, Any]
+    loss: dict[int, float]
+    gradients: dict[int, int]
+    mean_totals: list[Tensor | None]
+    failing: dict[int, ClientFailure] = field(default_factory=dict)
+    faults: int = 0
+    seconds: float = 0.0
+    memory_bytes: int = 0
+
+    @property
+    def accepted(self) -> Indices:
+        """Clients that answered, ascending."""
+        return np.asarray(sorted(self.reports), np.int64)
+
+
+class ClientPool:
+    """The clients of an experiment and their homes.
+
+    Args:
+        transport: reaches the hosts.
+        homes: host of every client, by client index (those that take part, then new ones).
+    """
+
+    def __init__(self, transport: Transport, homes: Sequence[int]) -> None:
+        self.transport = transport
+        self.homes = np.asarray(homes, np.int64)
+        self._data: tuple[DataSpec, Sequence[ClientRows]] | None = None
+        self._run: RunSpec | None = None
+        self._algorithm: Algorithm | None = None
+        self._commits: dict[int, list[Commit]] = {}
+
+    # -- set-up ---------------------------------------------------------------------------------
+
+    def load(self, spec: DataSpec, clients: Sequence[ClientRows]) -> None:
+        """Have every host read its clients' examples."""
+        self._data = (spec, clients)
+        self._load(range(self.transport.num_hosts))
+
+    def _load(self, hosts: Sequence[int] | range) -> None:
+        assert self._data is not None
+        spec, clients = self._data
+        arguments = {
+            h: (spec, {i: clients[i] for i in np.flatnonzero(self.homes == h).tolist()})
+            for h in hosts
+        }
+        self._all(self.transport.call("load", arguments))
+
+    def begin(self, spec: RunSpec, algorithm: Algorithm) -> None:
+        """Start a run of a method: hosts forget the last one."""
+        self._run, self._algorithm = spec, algorithm
+        self._commits = {}
+        hosts = range(self.transport.num_hosts)
+        self._all(self.transport.call("begin", dict.fromkeys(hosts, ()), spec))
+
+    def revive(self, lost: Sequence[HostLost]) -> None:
+        """Replace lost hosts and bring them to the start of the run."""
+        assert self._run is not None
+        hosts = sorted({item.host for item in lost})
+        for host in hosts:
+            self.transport.restart(host)
+        self._load(hosts)
+        self._all(self.transport.call("begin", dict.fromkeys(hosts, ()), self._run))
+
+    def _all(self, answers: Mapping[int, Any]) -> dict[int, Any]:
+        """The answers, or StateLostError if a host gave none."""
+        lost = [a for a in answers.values() if isinstance(a, HostLost)]
+        if lost:
+            raise StateLostError(lost)
+        return dict(answers)
+
+    def _by_home(self, index: Indices) -> dict[int, Indices]:
+        """Positions within ``index`` of the clients of each host."""
+        homes = self.homes[index]
+        return {int(h): np.flatnonzero(homes == h) for h in np.unique(homes)}
+
+    # -- one round ------------------------------------------------------------------------------
+
+    def local_update(
+        self,
+        plan: RoundPlan,
+        index: Indices,
+        message: tuple[Any, Any],
+        federation: Federation,
+        so_far: RoundAnswers | None = None,
+    ) -> RoundAnswers:
+        """Have clients of the cohort train; answers add to those of earlier attempts.
+
+        Args:
+            index: the clients asked now, all or some of the plan's cohort.
+            message: shared, and per-client rows in the order of the plan's cohort.
+        """
+        reductions = self._reductions()
+        means = [r for r in reductions if isinstance(r, Mean)]
+        shares = [mean_shares(m.by, plan.cohort, federation) for m in means]
+        shared = trees.to_arrays(message[0])
+        rows = np.searchsorted(plan.cohort, index)
+        arguments = {}
+        for host, at in self._by_home(index).items():
+            own = torch.from_numpy(rows[at])
+            per_client = trees.to_arrays(trees.take_rows(message[1], own))
+            own_shares = tuple(share[rows[at]] for share in shares)
+            arguments[host] = (LocalRequest(plan, index[at], per_client, own_shares),)
+        answers = so_far or RoundAnswers({}, {}, {}, [None] * len(means))
+        answers.failing = {i: f for i, f in answers.failing.items() if i not in set(index.tolist())}
+        for answer in self._ask("local_update", arguments, shared).values():
+            _add(answers, answer)
+        return answers
+
+    def mean_results(
+        self, answers: RoundAnswers, plan: RoundPlan, federation: Federation
+    ) -> list[Tensor]:
+        """Weighted means over the accepted clients, float64, one for each Mean."""
+        results = []
+        means = [r for r in self._reductions() if isinstance(r, Mean)]
+        rows = np.searchsorted(plan.cohort, answers.accepted)
+        for mean, total in zip(means, answers.mean_totals, strict=True):
+            share = mean_shares(mean.by, plan.cohort, federation)[rows].sum()
+            assert total is not None, "somebody answered"
+            results.append(exact_value(total) / share)
+        return results
+
+    def accept(self, commit: Commit) -> None:
+        """The clients of a round whose updates count; each host learns with its next call."""
+        for host, at in self._by_home(commit.accepted).items():
+            own = Commit(commit.round_index, commit.accepted[at])
+            self._commits.setdefault(host, []).append(own)
+
+    def _ask(
+        self, method: str, arguments: Mapping[int, tuple[Any, ...]], shared: Any = None
+    ) -> dict[int, Any]:
+        """Call hosts, telling each the commits that it has not heard of."""
+        told = {h: (tuple(self._commits.pop(h, ())), *own) for h, own in arguments.items()}
+        return self._all(self.transport.call(method, told, shared))
+
+    def total(self, which: int, weights: Weights) -> Tensor:
+        """A weighted sum over clients, float64; empty if nobody has a weight."""
+        if not len(weights.client_index):
+            return torch.empty(0, dtype=torch.float64)
+        arguments = {
+            host: (ReduceRequest(which, weights.client_index[at], weights.weight[at]),)
+            for host, at in self._by_home(weights.client_index).items()
+        }
+        parts = self._ask("reduce", arguments).values()
+        total = torch.from_numpy(sum(np.asarray(p) for p in parts))
+        return exact_value(total)
+
+    def gather(self, which: int, accepted: Indices) -> Tensor:
+        """Single rows of the accepted clients, ascending."""
+        homes = self._by_home(accepted)
+        arguments = {host: (which, accepted[at]) for host, at in homes.items()}
+        answers = self._ask("gather", arguments)
+        rows = np.concatenate([answers[host] for host in homes])
+        order = np.argsort(np.concatenate(list(homes.values())), kind="stable")
+        return torch.from_numpy(rows[order])
+
+    def evaluate(
+        self,
+        plan: RoundPlan,
+        message: tuple[Any, Any],
+        global_params: npt.NDArray[Any] | None,
+        splits: tuple[Split, ...],
+    ) -> tuple[dict[Split, ClientScores], int, float]:
+        """Scores by split of the clients in ``plan.cohort``, gradients spent, longest seconds."""
+        shared = trees.to_arrays(message[0])
+        arguments = self._for_everybody(plan, message[1], splits)
+        answers: list[EvalAnswer] = list(
+            self._ask("evaluate", arguments, (shared, global_params)).values()
+        )
+        scores = {s: join_scores([a.scores[s] for a in answers]) for s in splits}
+        return scores, sum(a.gradients for a in answers), max(a.seconds for a in answers)
+
+    def personal_models(
+        self, plan: RoundPlan, message: tuple[Any, Any]
+    ) -> dict[int, npt.NDArray[Any]]:
+        """What each client of ``plan.cohort`` predicts with; {} if that is the global model."""
+        arguments = self._for_everybody(plan, message[1], ())
+        answers = self._ask("personal_models", arguments, trees.to_arrays(message[0]))
+        found: dict[int, npt.NDArray[Any]] = {}
+        for models in answers.values():
+            found |= models
+        return dict(sorted(found.items()))
+
+    def _for_everybody(
+        self, plan: RoundPlan, per_client: Any, splits: tuple[Split, ...]
+    ) -> dict[int, tuple[EvalRequest]]:
+        """The clients of a plan by home, each with its row."""
+        arguments = {}
+        for host, at in self._by_home(plan.cohort).items():
+            rows = trees.to_arrays(trees.take_rows(per_client, torch.from_numpy(at)))
+            arguments[host] = (EvalRequest(plan, plan.cohort[at], rows, splits),)
+        return arguments
+
+    # -- checkpoints ----------------------------------------------------------------------------
+
+    def export_states(self, *, changed_only: bool) -> list[StateRows]:
+        """Committed state rows of all hosts."""
+        hosts = range(self.transport.num_hosts)
+        answers = self._ask("export_states", dict.fromkeys(hosts, (changed_only,)))
+        return [rows for rows in answers.values() if rows is not None]
+
+    def import_states(self, saved: Sequence[StateRows]) -> None:
+        """Replace the states of all clients, wherever they live now."""
+        self._commits = {}
+        arguments: dict[int, tuple[Any, ...]] = {}
+        for host in range(self.transport.num_hosts):
+            here = self.homes == host
+            parts = [part for rows in saved if (part := _rows_at(rows, here)) is not None]
+            arguments[host] = (_concatenate(parts),)
+        self._all(self.transport.call("import_states", arguments))
+
+    def close(self) -> None:
+        """End the hosts."""
+        self.transport.close()
+
+    def _reductions(self) -> tuple[Mean | Total | Gather, ...]:
+        assert self._algorithm is not None, "begin() comes first"
+        return self._algorithm.reductions
+
+
+def local_pool(num_clients: int, num_hosts: int = 1) -> ClientPool:
+    """A pool in this process; clients are dealt to its hosts in turn."""
+    return ClientPool(LocalTransport(num_hosts), [i % num_hosts for i in range(num_clients)])
+
+
+def mean_shares(by: str, cohort: Indices, federation: Federation) -> npt.NDArray[np.float64]:
+    """Weight of each client of the cohort in a Mean: sums to 1 if all of them answer."""
+    if by == "uniform":
+        return np.full(len(cohort), 1.0 / len(cohort))
+    num = federation.num_examples_M[cohort].astype(np.float64)
+    return np.asarray(num / num.sum())
+
+
+def balanced_homes(work: Sequence[float], num_hosts: int) -> list[int]:
+    """Host of each client: the largest first, each to the host with the least work so far."""
+    load = np.zeros(num_hosts)
+    homes = np.zeros(len(work), np.int64)
+    for client in np.argsort(-np.asarray(work), kind="stable"):
+        host = int(np.argmin(load))
+        homes[client] = host
+        load[host] += work[client]
+    return [int(h) for h in homes]
+
+
+def _add(answers: RoundAnswers, answer: LocalAnswer) -> None:
+    if answer.reports is not None:
+        reports = trees.to_tensors(answer.reports)
+        for row, index in enumerate(answer.client_index.tolist()):
+            answers.reports[index] = trees.take_rows(reports, slice(row, row + 1))
+            answers.loss[index] = float(answer.loss[row])
+            answers.gradients[index] = int(answer.gradients[row])
+        for at, part in enumerate(answer.means):
+            new, old = torch.from_numpy(np.array(part)), answers.mean_totals[at]
+            answers.mean_totals[at] = new if old is None else old + new
+    answers.failing |= {failure.client_index: failure for failure in answer.failures}
+    answers.faults += len(answer.failures)
+    answers.seconds = max(answers.seconds, answer.seconds)
+    answers.memory_bytes = max(answers.memory_bytes, answer.memory_bytes)
+
+
+def _rows_at(rows: StateRows, here: npt.NDArray[np.bool_]) -> StateRows | None:
+    keep = np.flatnonzero(here[rows.client_index])
+    if not len(keep):
+        return None
+    return StateRows(rows.client_index[keep], trees.map_tree(lambda leaf: leaf[keep], rows.state))
+
+
+def _concatenate(parts: Sequence[StateRows]) -> StateRows | None:
+    if not parts:
+        return None
+    index = np.concatenate([p.client_index for p in parts])
+    state = trees.map_tree(lambda *leaf: np.concatenate(leaf), *(p.state for p in parts))
+    return StateRows(index, state)

@@ -1,0 +1,1 @@
+"""Ray: placement of actors, client and driver actors, the transport between them."""

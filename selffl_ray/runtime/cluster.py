@@ -1,0 +1,107 @@
+"""Starting a local Ray, or connecting to the one that RAY_ADDRESS names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from selffl_ray.errors import PlacementError
+from selffl_ray.runtime.placement import Node
+
+LOOPBACK = "127.0.0.1"
+
+
+def quiet_ray() -> None:
+    """Settings that must stand before ray is imported: loopback only, no usage reports."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Without it Ray binds the machine's own address (the name notwithstanding).
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # What becomes of CUDA_VISIBLE_DEVICES in actors without a GPU; the future default, without the
+    # warning about it.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A connection to Ray.
+
+    nodes: the machines that are alive; ours: this process started it (and will end it); dashboard:
+    address of the web page, if there is one.
+    """
+
+    nodes: list[Node]
+    ours: bool
+    dashboard: str | None
+
+
+@contextmanager
+def cluster(*, dashboard: bool = False) -> Iterator[Cluster]:
+    """A Ray to run in: a connection that exists, RAY_ADDRESS, or one of our own on loopback.
+
+    Only a Ray that was started here is ended here.
+
+    Raises:
+        PlacementError: RAY_ADDRESS cannot be reached.
+    """
+    quiet_ray()
+    import ray
+
+    if ray.is_initialized():
+        yield Cluster(_nodes(), ours=False, dashboard=None)
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    common: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": "error",
+        "configure_logging": True,
+    }
+    if address:
+        try:
+            context = ray.init(address=address, **common)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise PlacementError(
+                f"RAY_ADDRESS={address} cannot be reached: {error}; start that cluster, or unset "
+                "RAY_ADDRESS to use this machine"
+            ) from error
+    else:
+        context = ray.init(
+            address="local", _node_ip_address=LOOPBACK, include_dashboard=dashboard, **common
+        )
+    try:
+        yield Cluster(_nodes(), ours=not address, dashboard=context.dashboard_url or None)
+    finally:
+        # Disconnects from a cluster that was there before, and ends one of our own.
+        ray.shutdown()
+
+
+def _nodes() -> list[Node]:
+    import ray
+
+    nodes = []
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
+        if node["Alive"]:
+            have = node["Resources"]
+            nodes.append(
+                Node(
+                    node["NodeManagerHostname"],
+                    have.get("CPU", 0.0),
+                    have.get("GPU", 0.0),
+                    int(have.get("memory", 0)),
+                )
+            )
+    # The driver actor runs on the head node, which the plan takes for the first.
+    return sorted(nodes, key=lambda n: n.name)
+
+
+def this_machine() -> list[Node]:
+    """What a local Ray would offer, without starting one."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    memory = psutil.virtual_memory().available
+    return [Node("this machine", float(psutil.cpu_count() or 1), float(gpus), memory)]

@@ -1,0 +1,65 @@
+"""Starting a driver actor on the head node and following what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from selffl_ray.errors import RunError, SelfFLError
+from selffl_ray.runtime.actors import DriverActor
+from selffl_ray.runtime.placement import PlacementPlan
+
+POLL_S = 0.3
+ANSWER_S = 60.0
+"""Longest wait for the driver actor to answer a question; it has threads of its own for them."""
+
+
+def follow(
+    job: Callable[..., Any],
+    arguments: Sequence[Any],
+    *,
+    plan: PlacementPlan,
+    label: str,
+    watch: Callable[[Any], None],
+    interrupted: Callable[[], bool],
+) -> Any:
+    """Run ``job(control, *arguments)`` in a driver actor; what it returns.
+
+    The actor is pinned to the node that this process is on: MLflow stores and run folders with
+    local paths are there.
+
+    Raises:
+        SelfFLError: what the job raised. RunError: the actor died.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote: Any = ray.remote(DriverActor)
+    actor = remote.options(
+        name=f"{label}-driver",
+        num_cpus=plan.driver_cpus,
+        max_concurrency=3,
+        scheduling_strategy=here,
+    ).remote()
+    running = actor.run.remote(job, *arguments)
+    stopped = False
+    try:
+        while True:
+            done, _ = ray.wait([running], timeout=POLL_S)
+            if interrupted() and not stopped:
+                stopped = True
+                actor.stop.remote()
+            for event in ray.get(actor.events.remote(), timeout=ANSWER_S):
+                watch(event)
+            if done:
+                return ray.get(running)
+    except RayTaskError as error:
+        if isinstance(error.cause, SelfFLError):
+            raise error.cause from None
+        raise
+    except RayActorError as error:
+        raise RunError(f"the driver actor died: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        ray.kill(actor, no_restart=True)

@@ -1,0 +1,188 @@
+"""A run's folder: configuration, environment, tables and summary, each written whole or not at all.
+
+The three tables are kept in memory and rewritten to Parquet under a temporary name that is renamed,
+so a reader never sees half a file. Column names are those of the contract.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from selffl_ray.driver import RoundRecord
+from selffl_ray.evaluation import ClientScores
+
+FLUSH_SECONDS = 10.0
+"""Longest time that finished rounds are kept in memory only."""
+
+ALIASES = {
+    "round_s": "time/round_s",
+    "train_s": "time/train_s",
+    "eval_s": "time/eval_s",
+    "bytes_down": "comm/bytes_down",
+    "bytes_up": "comm/bytes_up",
+    "participants": "clients/participants",
+    "faults": "clients/faults",
+}
+"""Columns of ``rounds.parquet`` that repeat a metric under a plain name."""
+
+COUNTS = {"bytes_down", "bytes_up", "participants", "faults"}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: under a temporary name that is renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON for people: indented, keys in the order given; NaN is not allowed."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+class RunTables:
+    """``rounds``, ``clients`` and ``uncertainty`` of one run.
+
+    Args:
+        folder: the run's folder.
+        client_ids: names of all clients, those that take part and then the new ones.
+        score_name: ``accuracy`` or ``mse``.
+    """
+
+    def __init__(self, folder: Path, client_ids: Sequence[str], score_name: str) -> None:
+        self.folder = folder
+        self._ids = np.asarray(client_ids)
+        self._score = score_name
+        self._rounds: list[dict[str, Any]] = []
+        self._clients: list[pa.Table] = []
+        self._uncertainty: list[pa.Table] = []
+        self._flushed = time.monotonic()
+
+    def restore(self, last_round: int) -> None:
+        """Take over the rows of an earlier part of the run, up to a round."""
+        kept = {}
+        for name in ("rounds", "clients", "uncertainty"):
+            path = self.folder / f"{name}.parquet"
+            if path.exists():
+                table = pq.read_table(path)
+                kept[name] = table.filter(pc.less_equal(table["round_index"], last_round))
+        rows = kept["rounds"].to_pylist() if "rounds" in kept else []
+        self._rounds = [{k: v for k, v in row.items() if v is not None} for row in rows]
+        self._clients = [kept["clients"]] if "clients" in kept else []
+        self._uncertainty = [kept["uncertainty"]] if "uncertainty" in kept else []
+
+    def add(self, record: RoundRecord) -> None:
+        """Take in a finished round; writes when the last writing is some time ago."""
+        row: dict[str, Any] = {"round_index": record.plan.round_index, "digest": record.digest}
+        row |= record.metrics
+        for alias, metric in ALIASES.items():
+            if metric in record.metrics:
+                value = record.metrics[metric]
+                row[alias] = int(value) if alias in COUNTS else value
+        self._rounds.append(row)
+        for split, scores in record.scores.items():
+            self._clients.append(self._client_rows(record.plan.round_index, split, scores))
+        if record.uncertainty is not None:
+            self._uncertainty.append(self._uncertainty_rows(record))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def _client_rows(self, round_index: int, split: str, scores: ClientScores) -> pa.Table:
+        num = np.maximum(scores.num_examples, 1)
+        has = scores.num_examples > 0
+        rows = len(scores.client_index)
+        columns = {
+            "round_index": pa.array(np.full(rows, round_index, np.int64)),
+            "client_id": pa.array(self._ids[scores.client_index].tolist()),
+            "split": pa.array([split] * rows),
+            "num_examples": pa.array(scores.num_examples),
+            f"global_{self._score}": _nullable(scores.global_score_on_clients / num, has),
+            f"local_{self._score}": _nullable(scores.local_score / num, has),
+            "global_loss": _nullable(scores.global_loss / num, has),
+            "local_loss": _nullable(scores.local_loss / num, has),
+        }
+        return pa.table(columns)
+
+    def _uncertainty_rows(self, record: RoundRecord) -> pa.Table:
+        found = record.uncertainty
+        assert found is not None
+        rows = len(found.client_index)
+        columns = {
+            "round_index": pa.array(np.full(rows, record.plan.round_index, np.int64)),
+            "client_id": pa.array(self._ids[found.client_index].tolist()),
+            "group": pa.array(found.group.tolist()),
+        }
+        for name in found._fields[2:]:
+            columns[name] = _nullable(getattr(found, name), np.ones(rows, bool))
+        return pa.table(columns)
+
+    def flush(self) -> None:
+        """Write all tables."""
+        self._flushed = time.monotonic()
+        if self._rounds:
+            names = sorted({k for row in self._rounds for k in row})
+            names.sort(key=lambda n: (n != "round_index", "/" in n, n))
+            columns = {n: [row.get(n) for row in self._rounds] for n in names}
+            self._write("rounds", pa.table(columns))
+        for name, parts in (("clients", self._clients), ("uncertainty", self._uncertainty)):
+            if parts:
+                table = pa.concat_tables(parts)
+                parts[:] = [table]
+                self._write(name, table)
+
+    def _write(self, name: str, table: pa.Table) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{name}.parquet"
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        pq.write_table(table, draft)
+        draft.replace(path)
+
+    def evaluated_rounds(self) -> list[Mapping[str, Any]]:
+        """Rows of rounds that were evaluated, in order."""
+        return [row for row in self._rounds if "time/eval_s" in row]
+
+    def last_round(self) -> Mapping[str, Any] | None:
+        """Row of the newest round."""
+        return self._rounds[-1] if self._rounds else None
+
+
+def _nullable(values: np.ndarray, has: np.ndarray) -> pa.Array:
+    """A float column; NaN and rows without examples become null."""
+    floats = np.asarray(values, np.float64)
+    return pa.array(floats, mask=~has | np.isnan(floats))
+
+
+def final_metrics(rows: Sequence[Mapping[str, Any]], last: int) -> dict[str, float]:
+    """Metrics of the last evaluated round; scores and losses are means over the last so many."""
+    if not rows:
+        return {}
+    newest = {k: v for k, v in rows[-1].items() if "/" in k}
+    for key in newest:
+        if key.startswith(("test/", "val/", "new/")):
+            newest[key] = float(np.mean([row[key] for row in rows[-last:] if key in row]))
+    return newest
+
+
+def selected_round(
+    rows: Sequence[Mapping[str, Any]], score_name: str, *, higher_is_better: bool
+) -> dict[str, Any] | None:
+    """The round with the best validation score of the personalized models, the first on a tie."""
+    key = f"val/local_{score_name}"
+    with_val = [row for row in rows if key in row]
+    if not with_val:
+        return None
+    sign = 1 if higher_is_better else -1
+    best = max(with_val, key=lambda row: (sign * row[key], -row["round_index"]))
+    metrics = {k: v for k, v in best.items() if k.startswith(("test/", "val/", "new/"))}
+    return {"round_index": best["round_index"], "metrics": metrics}

@@ -1,0 +1,76 @@
+"""What is predicted and how a prediction is judged: classification, or regression with a truth.
+
+Shape letters: C clients of a stack, B examples of a batch, K outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Role = Literal["global", "local"]
+"""Which model is judged: the server's, or the one a client predicts with."""
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """What a model must accept and return.
+
+    input_shape is that of one example; num_tokens is the size of the vocabulary if the inputs are
+    token indices (int64) and None if they are float32 features; num_outputs is K.
+    """
+
+    input_shape: tuple[int, ...]
+    num_outputs: int
+    num_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A loss to train on and a score to report, both one number an example.
+
+    loss: (outputs_CBK, y_CB...) -> (C, B).
+    score: (outputs_CBK, y_CB..., role) -> (C, B), whose mean over examples is the metric.
+    score_name: the metric's name, as in ``test/global_<score_name>``.
+    roles_differ: the global model is judged by another truth than the clients' models.
+    """
+
+    score_name: str
+    higher_is_better: bool
+    loss: Callable[[Tensor, Tensor], Tensor]
+    score: Callable[[Tensor, Tensor, Role], Tensor]
+    roles_differ: bool = False
+
+
+def _cross_entropy(outputs_CBK: Tensor, y_CB: Tensor) -> Tensor:
+    flat = F.cross_entropy(outputs_CBK.flatten(0, 1), y_CB.flatten(), reduction="none")
+    return flat.view(y_CB.shape)
+
+
+def _correct(outputs_CBK: Tensor, y_CB: Tensor, role: Role) -> Tensor:
+    return (outputs_CBK.argmax(-1) == y_CB).to(outputs_CBK.dtype)
+
+
+CLASSIFICATION = Task("accuracy", True, _cross_entropy, _correct)
+"""y: (C, B) int64 class indices; the score is 1 for a correct prediction."""
+
+
+def _half_squared_error(outputs_CBK: Tensor, y_CBRTK: Tensor) -> Tensor:
+    target, weight = y_CBRTK[..., 1, 0, :], y_CBRTK[..., 1, 1, :]
+    return 0.5 * ((outputs_CBK - target).square() * weight).sum(-1)
+
+
+def _squared_error(outputs_CBK: Tensor, y_CBRTK: Tensor, role: Role) -> Tensor:
+    at = 1 if role == "local" else 0
+    target, weight = y_CBRTK[..., at, 0, :], y_CBRTK[..., at, 1, :]
+    return ((outputs_CBK - target).square() * weight).sum(-1)
+
+
+REGRESSION = Task("mse", False, _half_squared_error, _squared_error, roles_differ=True)
+"""y: (C, B, 2, 2, K). First the role (0: what the global model is judged by, 1: the client's own),
+then target and weight of each output. Training uses the client's own with loss
+1/2 sum_k weight_k (output_k - target_k)**2, whose curvature in the outputs is the weight."""

@@ -1,0 +1,49 @@
+"""Nested NamedTuples of tensors: the messages and states of algorithms, taken apart by rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def map_tree(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """The same structure with the function applied to every leaf (and to those of the others)."""
+    if isinstance(tree, tuple):
+        parts = [map_tree(function, *same) for same in zip(tree, *others, strict=True)]
+        return type(tree)(*parts)
+    return function(tree, *others)
+
+
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, leaf) of every leaf; names are field names joined by dots."""
+    if isinstance(tree, tuple):
+        for name, part in zip(tree._fields, tree, strict=True):  # type: ignore[attr-defined]
+            yield from leaves(part, f"{prefix}.{name}" if prefix else name)
+    else:
+        yield prefix, tree
+
+
+def take_rows(tree: Any, rows: Tensor | slice) -> Any:
+    """The given rows of every leaf."""
+    return map_tree(lambda leaf: leaf[rows], tree)
+
+
+def concatenate(trees: Sequence[Any]) -> Any:
+    """One tree with the rows of all, in order."""
+    if len(trees) == 1:
+        return trees[0]
+    return map_tree(lambda *parts: torch.cat(parts), *trees)
+
+
+def to_arrays(tree: Any) -> Any:
+    """Tensors as NumPy arrays on the CPU, for the way between processes."""
+    return map_tree(lambda leaf: leaf.detach().cpu().numpy(), tree)
+
+
+def to_tensors(tree: Any, device: torch.device | None = None) -> Any:
+    """NumPy arrays as tensors; copied, because arrays from shared memory are read-only."""
+    return map_tree(lambda leaf: torch.from_numpy(np.array(leaf)).to(device or "cpu"), tree)

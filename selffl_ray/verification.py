@@ -1,0 +1,101 @@
+"""Proof that a run does not depend on placement: run it again elsewhere and compare digests."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+
+from selffl_ray.api import run_experiment
+from selffl_ray.config import load_config
+from selffl_ray.environment import processor
+from selffl_ray.errors import DataError, UsageError
+
+
+class Verdict(NamedTuple):
+    """Rounds compared, the first round whose digests differ (None: all are equal), and where."""
+
+    num_rounds: int
+    first_difference: int | None
+    placement: str
+
+
+def verify_run(folder: Path, watch: Callable[[Any], None]) -> Verdict:
+    """Run a run's configuration again under another placement; compare digests round by round.
+
+    A run on actors is repeated in one process; one in one process is repeated on two actors.
+
+    Raises:
+        UsageError: not a run's folder, or bits cannot be compared: another processor, GPU or
+            torch, or clients that failed in the run.
+    """
+    environment, rounds = _read(folder)
+    _check_comparable(environment, rounds, folder)
+    config = load_config(folder / "config.yaml", folder=Path.cwd())
+    was_local = environment["placement"]["backend"] == "local"
+    placement = dataclasses.replace(
+        config.placement,
+        backend="ray" if was_local else "local",
+        clients_per_actor=(len(environment["client_ids"]) + 1) // 2,
+        cpus_per_actor="auto",
+        gpus_per_client=0,
+        stack_size="auto" if was_local else 3,
+    )
+    num_rounds = int(rounds["round_index"].max()) + 1
+    again = dataclasses.replace(
+        config,
+        placement=placement,
+        tracking=dataclasses.replace(config.tracking, enabled=False),
+        training=dataclasses.replace(
+            config.training, stop=dataclasses.replace(config.training.stop, seconds=None)
+        ),
+        export_models=False,
+    )
+    with tempfile.TemporaryDirectory(prefix="selffl-verify-") as scratch:
+        repeated = run_experiment(again, output=scratch, watch=watch).rounds
+    joined = rounds.merge(repeated, on="round_index", suffixes=("", "_again"))
+    if len(joined) < num_rounds:
+        raise DataError(
+            f"{folder}: {num_rounds} rounds, but the repetition has {len(joined)} of them; was "
+            "config.yaml changed?"
+        )
+    different = joined[joined["digest"] != joined["digest_again"]]
+    first = None if different.empty else int(different["round_index"].min())
+    where = "two actors" if was_local else "one process, stacks of at most 3"
+    return Verdict(num_rounds, first, where)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    try:
+        environment = json.loads((folder / "environment.json").read_text())
+        rounds = pd.read_parquet(folder / "rounds.parquet")
+        return environment, rounds[["round_index", "digest", "faults"]]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{folder} is not the folder of a run ({error}); give one that holds config.yaml, "
+            "environment.json and rounds.parquet"
+        ) from error
+
+
+def _check_comparable(environment: dict[str, Any], rounds: pd.DataFrame, folder: Path) -> None:
+    if environment["devices"] != ["cpu"]:
+        raise UsageError(
+            f"{folder} was run on {', '.join(environment['devices'])}: on a GPU results agree "
+            "within rounding, not bit for bit; verify a run on the CPU"
+        )
+    here = {"processor": processor(), "torch": torch.__version__}
+    was = {"processor": environment["processor"], "torch": environment["packages"]["torch"]}
+    for name, value in here.items():
+        if was[name].split("+")[0] != value.split("+")[0]:
+            raise UsageError(
+                f"{folder} was run with {name} {was[name]!r}, this machine has {value!r}: bits may "
+                "differ between them; verify on the machine that ran it"
+            )
+    if len(rounds) and int(rounds["faults"].max()) > 0 and rounds["digest"].isna().any():
+        raise UsageError(f"{folder}: rounds without a digest cannot be compared")
