@@ -17,9 +17,10 @@ import pandas as pd
 
 from selffl_ray.config import ExperimentConfig, parse_component, to_raw
 from selffl_ray.errors import ConfigError
-from selffl_ray.execution import Job, run_in_thread, run_on_ray
+from selffl_ray.execution import run_in_thread, run_on_ray
 from selffl_ray.experiment import Prepared, prepare_experiment
 from selffl_ray.registry import Component, algorithms
+from selffl_ray.run_writer import Job
 from selffl_ray.runtime.cluster import cluster, this_machine
 from selffl_ray.runtime.placement import PlacementPlan, plan_placement
 from selffl_ray.tracking import resolve_uri
@@ -89,7 +90,7 @@ def run_experiment(
     Args:
         output: folder of the run; ``runs/<experiment>/<run>`` in the current folder by default.
         resume: a run's folder to go on in, from its newest checkpoint.
-        watch: called with every :class:`~selffl_ray.execution.Progress` and ``Message``.
+        watch: called with every :class:`~selffl_ray.run_loop.Progress` and ``Message``.
         interrupt: set it to end the run after the round it is in.
 
     Raises:
@@ -163,6 +164,13 @@ def make_job(
                 f"{place} lies in the folder that this Ray job was unpacked to and would vanish "
                 "with it; give absolute paths: --output, and tracking.uri or MLFLOW_TRACKING_URI"
             )
+    if not resume and (folder / "config.yaml").exists():
+        raise ConfigError(
+            f"--output {folder} holds a run already; go on with --resume {folder}, or give another "
+            "folder"
+        )
+    if resume and not (folder / "config.yaml").exists():
+        raise ConfigError(f"--resume {folder}: there is no run in that folder")
     return Job(to_raw(config), str(folder), str(base), tags or {}, resume)
 
 

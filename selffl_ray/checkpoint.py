@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from selffl_ray import trees
 from selffl_ray.errors import CheckpointError, ConfigError
-from selffl_ray.host import StateRows
+from selffl_ray.messages import StateRows
 
 SCHEMA_VERSION = 1
 BLOCK = 64

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from selffl_ray.execution import Progress
+from selffl_ray.run_loop import Progress
 
 Row = Mapping[str, Any]
 
@@ -61,13 +61,14 @@ def size(num_bytes: float) -> str:
     raise AssertionError("the last unit always returns")
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned: the first to the left, the others to the right."""
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False) -> str:
+    """Columns aligned: the first to the left, the others to the right unless ``left``."""
     widths = [max(len(r[c]) for r in (header, *rows)) for c in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        first = cells[0].ljust(widths[0])
-        return "  ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
+        rest = zip(cells[1:], widths[1:], strict=True)
+        padded = [c.ljust(w) if left else c.rjust(w) for c, w in rest]
+        return "  ".join([cells[0].ljust(widths[0]), *padded]).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
 
@@ -99,12 +100,27 @@ def comparison_table(summaries: Sequence[Row]) -> str:
             percent = score == "accuracy" or "harmed" in name
             cells.append(_cell([s["final"].get(f"{split}/{metric}") for s in own], percent))
         cells.append(_cell([_steps(s["final"]) for s in own], percent=False, digits=0))
-        cells.append(_cell([s["wall_s"] for s in own], percent=False, digits=1))
+        cells.append(f"{np.mean([s['wall_s'] for s in own]):.1f}")
         rows.append(cells)
     seeds = sorted({s["seed"] for s in summaries})
     unit = "percent" if score == "accuracy" else "squared error a coordinate"
     note = f"{split} data, {unit}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-    return text_table(header, rows) + f"\n({note})"
+    lines = [text_table(header, rows), f"({note})"]
+    steps = {label: _mean_steps(summaries, label) for label in labels}
+    known = [value for value in steps.values() if value is not None]
+    if known and max(known) > UNEQUAL * min(known):
+        lines.append("(gradient steps differ: more of them help, whatever the method)")
+    return "\n".join(lines)
+
+
+UNEQUAL = 1.5
+"""Ratio of gradient steps from which a comparison says that they differ."""
+
+
+def _mean_steps(summaries: Sequence[Row], label: str) -> float | None:
+    found = [_steps(s["final"]) for s in summaries if s["label"] == label]
+    known = [value for value in found if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _steps(final: Row) -> float | None:

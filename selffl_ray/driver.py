@@ -28,7 +28,7 @@ from selffl_ray.errors import RunError
 from selffl_ray.evaluation import ClientScores, split_metrics
 from selffl_ray.faults import Abort, FaultsConfig, Retry, decide
 from selffl_ray.flat import digest
-from selffl_ray.host import Commit, Split
+from selffl_ray.messages import Commit, Split
 from selffl_ray.participation import RoundPlan
 from selffl_ray.pool import ClientPool, RoundAnswers
 from selffl_ray.tasks import Task
@@ -42,8 +42,8 @@ Indices = npt.NDArray[np.int64]
 class EvaluationPlan:
     """When to evaluate, whom, and on what.
 
-    rounds: indices of the rounds after which to evaluate; index: clients that take part; new_index:
-    clients held out as new; splits: ``val`` and ``test`` as wanted.
+    rounds: indices of the rounds after which to evaluate; client_index: clients that take part;
+    new_index: clients held out as new; splits: ``val`` and ``test`` as wanted.
     """
 
     rounds: frozenset[int]

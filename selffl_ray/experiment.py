@@ -20,7 +20,7 @@ from selffl_ray.datasets.store import Store, prepare, store_root
 from selffl_ray.driver import EvaluationPlan
 from selffl_ray.errors import DataError
 from selffl_ray.flat import ParamSpec
-from selffl_ray.host import DataSpec, RunSpec
+from selffl_ray.messages import DataSpec, RunSpec
 from selffl_ray.models.base import Model
 from selffl_ray.models.build import build_model, start_params
 from selffl_ray.participation import RoundPlan, plan_rounds
@@ -77,28 +77,12 @@ def prepare_experiment(config: ExperimentConfig) -> Prepared:
     options = datasets.options(config.data.component)
     root = store_root()
     store = prepare(dataset, options, config.data.source, config.seed, root)
-    partitioner = partitioners.get(config.data.partition.name)
-    hands = partitioner.factory(
-        partitioners.options(config.data.partition), dataset, store, config.seed
-    )
-    evaluation = config.evaluation
-    assert evaluation.splits is not None, "load_config resolves it"
-    partition = split_clients(hands, evaluation.splits, evaluation.new_clients, config.seed)
+    partition = _deal(config, dataset, store)
     model = build_model(config.model, dataset.shape)
-    federation = Federation(
-        client_ids=tuple(c.client_id for c in partition.clients),
-        num_examples_M=np.asarray([len(c.train) for c in partition.clients], np.int64),
-        num_examples_new=np.asarray([len(c.train) for c in partition.new_clients], np.int64),
-        spec=model.spec,
-        training=config.training,
-        num_outputs=dataset.shape.num_outputs,
-        known=_known_for(dataset, store, partition),
-    )
-    algorithm: Algorithm = algorithms.make(config.method, federation)
+    federation = _federation(config, dataset, store, partition, model)
     start = start_params(model, config.seed)
     if config.training.start_from is not None:
         start = read_params(Path(config.training.start_from), model.spec).numpy()
-    stack_size = _stack_size(config, model)
     return Prepared(
         config=config,
         dataset=dataset,
@@ -106,7 +90,7 @@ def prepare_experiment(config: ExperimentConfig) -> Prepared:
         partition=partition,
         model=model,
         federation=federation,
-        algorithm=algorithm,
+        algorithm=algorithms.make(config.method, federation),
         plans=plan_rounds(config.seed, config.training, federation.num_clients),
         evaluation=_evaluation_plan(config, federation, partition),
         data_spec=DataSpec(
@@ -123,8 +107,30 @@ def prepare_experiment(config: ExperimentConfig) -> Prepared:
             federation,
             config.seed,
             start,
-            stack_size,
+            _stack_size(config, model),
         ),
+    )
+
+
+def _deal(config: ExperimentConfig, dataset: Dataset, store: Store) -> Partition:
+    """Deal the store's rows to clients and split them."""
+    chosen, evaluation = config.data.partition, config.evaluation
+    hands = partitioners.make(chosen, dataset, store, config.seed)
+    assert evaluation.splits is not None, "load_config resolves it"
+    return split_clients(hands, evaluation.splits, evaluation.new_clients, config.seed)
+
+
+def _federation(
+    config: ExperimentConfig, dataset: Dataset, store: Store, partition: Partition, model: Model
+) -> Federation:
+    return Federation(
+        client_ids=tuple(c.client_id for c in partition.clients),
+        num_examples_M=np.asarray([len(c.train) for c in partition.clients], np.int64),
+        num_examples_new=np.asarray([len(c.train) for c in partition.new_clients], np.int64),
+        spec=model.spec,
+        training=config.training,
+        num_outputs=dataset.shape.num_outputs,
+        known=_known_for(dataset, store, partition),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from selffl_ray.errors import ConfigError
-from selffl_ray.host import ClientFailure
+from selffl_ray.messages import ClientFailure
 
 
 @dataclass(frozen=True, kw_only=True)

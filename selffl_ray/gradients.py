@@ -12,7 +12,7 @@ Shape letters: C clients of a stack, P parameters, B examples of a batch, K outp
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -50,49 +50,54 @@ class RowEngine:
         A single row of parameters, (1, P) against (C, B, ...), serves all rows of inputs.
         """
         rows = x_CB.shape[0]
+        theta = theta_CP.expand(rows, -1)
         with torch.no_grad():
-            return self._by_height(
-                x_CB.shape[1:],
-                rows,
-                lambda pick: self.model.apply(
-                    self.model.spec.views(theta_CP.expand(rows, -1)[pick]), x_CB[pick]
-                ),
-            )
+            parts = [
+                self.model.apply(self.model.spec.views(theta[pick]), x_CB[pick])
+                for pick in self._picks(x_CB.shape[1:], rows)
+            ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[:rows]
 
     def loss_and_grad(
-        self, theta_CP: Tensor, x_CB: Tensor, y_CB: Tensor, weight_CB: Tensor
+        self,
+        theta_CP: Tensor,
+        x_CB: Tensor,
+        y_CB: Tensor,
+        weight_CB: Tensor,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Weighted loss and its gradient for every row.
 
         Args:
             weight_CB: (C, B) weight of each example, 0 for padding; a row's sum is 1 for a mean.
+            out: (C, P) to write the gradient into.
 
         Returns:
             loss_C, sum over the batch of weight * loss; grad_CP. The sum of the rows' losses is
             differentiated once: rows share no parameter, so row c of the gradient is row c's own.
         """
-
-        def run(pick: Tensor | slice) -> Tensor:
-            leaves = tuple(
-                v.detach().requires_grad_() for v in self.model.spec.views(theta_CP[pick])
-            )
+        spec, rows = self.model.spec, theta_CP.shape[0]
+        grad_CP = theta_CP.new_empty(theta_CP.shape) if out is None else out
+        losses = []
+        for pick in self._picks(x_CB.shape[1:], rows):
+            leaves = tuple(v.detach().requires_grad_() for v in spec.views(theta_CP[pick]))
             loss_CB = self.task.loss(self.model.apply(leaves, x_CB[pick]), y_CB[pick])
             loss_C = (loss_CB * weight_CB[pick]).sum(1)
             grads = torch.autograd.grad(loss_C.sum(), leaves, materialize_grads=True)
-            return torch.cat([loss_C.detach().unsqueeze(1), *(g.flatten(1) for g in grads)], 1)
+            place = pick if isinstance(pick, slice) else slice(0, rows)
+            for view, grad in zip(spec.views(grad_CP[place]), grads, strict=True):
+                view.copy_(grad[: view.shape[0]])
+            losses.append(loss_C.detach()[:rows])
+        return (losses[0] if len(losses) == 1 else torch.cat(losses)), grad_CP
 
-        joined = self._by_height(x_CB.shape[1:], theta_CP.shape[0], run)
-        return joined[:, 0], joined[:, 1:]
-
-    def _by_height(
-        self, batch_shape: Sequence[int], rows: int, run: Callable[[Tensor | slice], Tensor]
-    ) -> Tensor:
+    def _picks(self, batch_shape: Sequence[int], rows: int) -> list[slice | Tensor]:
+        """Rows that are run together, one entry after the other."""
         height = self._height(tuple(batch_shape))
         if height is Height.ONE and rows > 1:
-            return torch.cat([run(slice(row, row + 1)) for row in range(rows)])
+            return [slice(row, row + 1) for row in range(rows)]
         if height is Height.PAIR and rows == 1:
-            return run(torch.zeros(2, dtype=torch.int64, device=self.device))[:1]
-        return run(slice(None))
+            return [torch.zeros(2, dtype=torch.int64, device=self.device)]
+        return [slice(None)]
 
     def _height(self, batch_shape: tuple[int, ...]) -> Height:
         if self.device.type != "cpu":

@@ -14,8 +14,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,128 +23,33 @@ import torch
 from torch import Tensor
 
 from selffl_ray import trees
-from selffl_ray.algorithms.base import (
-    Algorithm,
-    Federation,
-    Gather,
-    Local,
-    Mean,
-    Total,
-    use_global_params,
-)
-from selffl_ray.datasets.base import Dataset
+from selffl_ray.algorithms.base import Algorithm, Gather, Local, Mean, Total, use_global_params
+from selffl_ray.client_data import ClientData
 from selffl_ray.datasets.splits import ClientRows
-from selffl_ray.datasets.store import Store, prepare
-from selffl_ray.errors import DataError
 from selffl_ray.evaluation import ClientScores, join_scores, score_rows
 from selffl_ray.flat import exact_sum, representable
 from selffl_ray.gradients import RowEngine
-from selffl_ray.models.build import ModelConfig, build_model
+from selffl_ray.messages import (
+    ClientFailure,
+    Commits,
+    DataSpec,
+    EvalAnswer,
+    EvalRequest,
+    LocalAnswer,
+    LocalRequest,
+    ReduceRequest,
+    RunSpec,
+    Split,
+    StateRows,
+)
+from selffl_ray.models.build import build_model
 from selffl_ray.participation import RoundPlan
-from selffl_ray.registry import Component, algorithms, datasets
-from selffl_ray.training import Rows, Stack, TrainingConfig
+from selffl_ray.registry import algorithms
+from selffl_ray.training import Stack
 
 logger = logging.getLogger(__name__)
 
 Indices = npt.NDArray[np.int64]
-Split = str
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """Which data a host reads: everything that names a store, and the digest that it must have."""
-
-    dataset: Component
-    source: str | None
-    seed: int
-    root: str
-    digest: str
-
-
-@dataclass(frozen=True)
-class RunSpec:
-    """One run of one method: everything that a host needs to build its half."""
-
-    method: Component
-    model: ModelConfig
-    training: TrainingConfig
-    federation: Federation
-    seed: int
-    start_params: npt.NDArray[Any]
-    stack_size: int
-
-
-class Commit(NamedTuple):
-    """The clients of a round whose updates count."""
-
-    round_index: int
-    accepted: Indices
-
-
-Commits = tuple[Commit, ...]
-
-
-class ClientFailure(NamedTuple):
-    """A client that gave no update: why, and whether asking again can help."""
-
-    client_index: int
-    stage: str
-    cause: str
-    retry: bool
-
-
-class LocalRequest(NamedTuple):
-    """A round for some clients of a host; rows and shares are in the order of ``client_index``."""
-
-    plan: RoundPlan
-    client_index: Indices
-    per_client: Any
-    mean_shares: tuple[npt.NDArray[np.float64], ...]
-
-
-class LocalAnswer(NamedTuple):
-    """Reports of the clients that answered (ascending), partial means, and failures."""
-
-    client_index: Indices
-    reports: Any
-    loss: npt.NDArray[np.float64]
-    gradients: Indices
-    means: tuple[npt.NDArray[np.int64], ...]
-    failures: tuple[ClientFailure, ...]
-    seconds: float
-    memory_bytes: int
-
-
-class ReduceRequest(NamedTuple):
-    """A Total: client indices and their weights."""
-
-    which: int
-    client_index: Indices
-    weight: npt.NDArray[np.float64]
-
-
-class EvalRequest(NamedTuple):
-    """Clients to evaluate, and for each split whether it is wanted."""
-
-    plan: RoundPlan
-    client_index: Indices
-    per_client: Any
-    splits: tuple[Split, ...]
-
-
-class EvalAnswer(NamedTuple):
-    """Scores by split, gradients spent on personalization, and seconds."""
-
-    scores: dict[Split, ClientScores]
-    gradients: int
-    seconds: float
-
-
-class StateRows(NamedTuple):
-    """Committed state rows of some clients, for checkpoints."""
-
-    client_index: Indices
-    state: Any
 
 
 class _Staged(NamedTuple):
@@ -167,9 +70,6 @@ class ClientHost:
         # Two threads give a stack of one other bits, and lose badly to any other load.
         torch.set_num_threads(1)
         self.device = device or torch.device("cpu")
-        self._clients: dict[int, ClientRows] = {}
-        self._rows: dict[Split, Rows] = {}
-        self._place: dict[int, int] = {}
         self._states: dict[int, Any] = {}
         self._changed: set[int] = set()
         self._staged: dict[int, _Staged] = {}
@@ -182,57 +82,15 @@ class ClientHost:
         Raises:
             DataError: the store on this machine holds other data than the driver's.
         """
-        dataset: Dataset = datasets.make(spec.dataset)
-        options = datasets.options(spec.dataset)
-        store = prepare(dataset, options, spec.source, spec.seed, Path(spec.root))
-        if store.manifest.digest != spec.digest:
-            raise DataError(
-                f"{store.folder} holds other data than the driver's (digest "
-                f"{store.manifest.digest[:12]} instead of {spec.digest[:12]}); put the same source "
-                "files on every node"
-            )
-        self._dataset = dataset
-        self._clients = dict(sorted(clients.items()))
-        self._place = {index: place for place, index in enumerate(self._clients)}
-        self._rows = {
-            split: self._read(store, [getattr(c, split) for c in self._clients.values()])
-            for split in ("train", "val", "test")
-        }
-        return sum(r.x.nbytes + r.y.nbytes for r in self._rows.values())
-
-    def _read(self, store: Store, rows: Sequence[Indices]) -> Rows:
-        num = torch.tensor([len(r) for r in rows], dtype=torch.int64)
-        xs, ys = [], []
-        for client, own in zip(self._clients.values(), rows, strict=True):
-            if len(own):
-                fetched = store.read(own)
-                turned = (
-                    np.rot90(fetched.x, client.quarter_turns, axes=(-2, -1))
-                    if (client.quarter_turns)
-                    else fetched.x
-                )
-                xs.append(self._dataset.features(turned))
-                ys.append(fetched.y)
-        manifest = store.manifest
-        x = np.concatenate(xs) if xs else np.empty((0, *manifest.x_shape), np.float32)
-        y = np.concatenate(ys) if ys else np.empty((0, *manifest.y_shape), np.int64)
-        return Rows(
-            torch.from_numpy(np.ascontiguousarray(x)).to(self.device),
-            torch.from_numpy(y).to(self.device),
-            torch.cumsum(num, 0) - num,
-            num,
-        )
+        self._data = ClientData(spec, clients, self.device)
+        return self._data.num_bytes
 
     def begin(self, spec: RunSpec) -> None:
         """Forget the last run and get ready for another on the same data."""
         self._spec = spec
-        model = build_model(spec.model, self._dataset.shape)
-        self._engine = RowEngine(model, self._dataset.task, self.device)
-        if not self._rows["train"].y.dtype.is_floating_point:
-            targets = self._rows
-        else:
-            targets = {k: r._replace(y=r.y.to(model.spec.dtype)) for k, r in self._rows.items()}
-        self._data = targets
+        model = build_model(spec.model, self._data.dataset.shape)
+        self._engine = RowEngine(model, self._data.dataset.task, self.device)
+        self._rows = self._data.rows(model.spec.dtype)
         self._algorithm: Algorithm = algorithms.make(spec.method, spec.federation)
         self._start_P = torch.from_numpy(np.array(spec.start_params)).to(self.device)
         self._states, self._staged, self._changed = {}, {}, set()
@@ -386,12 +244,15 @@ class ClientHost:
                 self._changed.add(index)
 
     def _stacks(self, index: Iterable[int]) -> list[list[int]]:
-        """Clients in stacks: one batch length each, of similar numbers of steps."""
-        training, num = self._spec.training, self._data["train"].num_C
+        """Clients in stacks: one batch length each, of similar numbers of steps, most first.
+
+        Rows that have finished then come last, and the rest of a stack is a slice.
+        """
+        training, num = self._spec.training, self._rows["train"].num_C
 
         def key(i: int) -> tuple[int, int, int]:
-            examples = int(num[self._place[i]])
-            return training.batch_length(examples), training.steps(examples), i
+            examples = int(num[self._data.place[i]])
+            return training.batch_length(examples), -training.steps(examples), i
 
         ordered = sorted(index, key=key)
         stacks: list[list[int]] = []
@@ -403,9 +264,9 @@ class ClientHost:
         return stacks
 
     def _stack(self, members: Sequence[int], plan: RoundPlan) -> Stack:
-        train = self._data["train"].select([self._place[i] for i in members])
+        train = self._rows["train"].select(self._data.places(members))
         return Stack(
-            tuple(self._clients[i].client_id for i in members),
+            tuple(self._data.clients[i].client_id for i in members),
             train,
             self._spec.training.batch_length(int(train.num_C[0])),
             self._engine,
@@ -496,16 +357,14 @@ class ClientHost:
         personal_CP: Tensor | None,
         global_1P: Tensor | None,
     ) -> ClientScores:
-        rows = self._data["test" if split == "new" else split].select(
-            [self._place[i] for i in members]
-        )
+        rows = self._rows["test" if split == "new" else split].select(self._data.places(members))
         nothing = torch.full((len(members),), torch.nan, dtype=torch.float64)
         judged, judged_own, loss = nothing, nothing, nothing
         size = self._spec.stack_size
         if global_1P is not None:
             judged, loss = score_rows(self._engine, global_1P, rows, "global", size)
             judged_own = judged
-            if self._dataset.task.roles_differ:
+            if self._data.dataset.task.roles_differ:
                 judged_own, _ = score_rows(self._engine, global_1P, rows, "local", size)
         local, local_loss = judged_own, loss
         if personal_CP is not None:

@@ -22,9 +22,9 @@ from selffl_ray.algorithms.base import Algorithm, Federation, Gather, Mean, Tota
 from selffl_ray.datasets.splits import ClientRows
 from selffl_ray.evaluation import ClientScores, join_scores
 from selffl_ray.flat import exact_value
-from selffl_ray.host import (
+from selffl_ray.host import ClientHost
+from selffl_ray.messages import (
     ClientFailure,
-    ClientHost,
     Commit,
     DataSpec,
     EvalAnswer,

@@ -154,9 +154,9 @@ class Rows(NamedTuple):
         x = self.x.index_select(0, at).view(*shape, *self.x.shape[1:])
         return x, self.y.index_select(0, at).view(*shape, *self.y.shape[1:])
 
-    def select(self, pick: Sequence[int] | Tensor) -> Rows:
+    def select(self, pick: Sequence[int] | Tensor | slice) -> Rows:
         """The same examples with some of the clients."""
-        at = torch.as_tensor(pick, dtype=torch.int64)
+        at = pick if isinstance(pick, slice) else torch.as_tensor(pick, dtype=torch.int64)
         return self._replace(start_C=self.start_C[at], num_C=self.num_C[at])
 
 
@@ -254,20 +254,24 @@ class Step:
     index: from 0; active_C: rows that take this step; num_steps_C: steps of each row in all.
     """
 
-    def __init__(self, stack: Stack, stream: str, steps_C: Tensor, index: int) -> None:
+    def __init__(self, stack: Stack, stream: str, steps_C: Tensor) -> None:
         self._stack = stack
         self._stream = stream
         self._plans: dict[str, BatchPlan] = {}
+        self._scratch_CP: Tensor | None = None
         self.num_steps_C = steps_C
-        self.index = index
-        self.loss_C = torch.zeros(stack.num_clients, dtype=torch.float64)
-        self._advance(index)
+        self.index = 0
+        self.active_C = steps_C > 0
+        self.pick: slice | Tensor = slice(None)
+        self.loss_A = torch.zeros(0)
 
-    def _advance(self, index: int) -> None:
+    def advance(self, index: int) -> None:
+        """Go to a step. The active rows are a slice where they come first, else positions."""
         self.index = index
         self.active_C = self.num_steps_C > index
-        self.all_active = bool(self.active_C.all())
-        self._pick = None if self.all_active else self.active_C.nonzero().flatten()
+        count = int(self.active_C.sum())
+        first = bool(self.active_C[:count].all())
+        self.pick = slice(0, count) if first else self.active_C.nonzero().flatten()
 
     def batch(self, stream: str | None = None) -> Batch:
         """This step's batch of the active rows; other names are independent streams."""
@@ -275,25 +279,29 @@ class Step:
         if name not in self._plans:
             self._plans[name] = plan_batches(self._stack, name, self.num_steps_C)
         plan, rows = self._plans[name], self._stack.train
-        index_CB, num_C = plan.index_CSB[:, self.index], plan.num_CS[:, self.index]
-        if self._pick is not None:
-            index_CB, num_C, rows = index_CB[self._pick], num_C[self._pick], rows.select(self._pick)
-        x, y = rows.take(index_CB)
-        inside = torch.arange(index_CB.shape[1], device=x.device) < num_C.unsqueeze(1)
-        weight = inside.to(self._stack.spec.dtype) / num_C.unsqueeze(1)
+        index_AB, num_A = plan.index_CSB[self.pick, self.index], plan.num_CS[self.pick, self.index]
+        x, y = rows.select(self.pick).take(index_AB)
+        inside = torch.arange(index_AB.shape[1], device=x.device) < num_A.unsqueeze(1)
+        weight = inside.to(self._stack.spec.dtype) / num_A.unsqueeze(1)
         return Batch(x, y, weight)
 
-    def grad(self, theta_CP: Tensor, batch: Batch | None = None) -> Tensor:
-        """Mean-loss gradient of the active rows at theta, (C, P); zero for finished rows."""
+    def active_grad(self, theta_CP: Tensor, batch: Batch | None = None) -> Tensor:
+        """Mean-loss gradient of the active rows only, (A, P); overwritten by the next call."""
         at = batch if batch is not None else self.batch()
-        pick = self._pick
-        active = theta_CP if pick is None else theta_CP[pick]
-        loss_A, grad_AP = self._stack.engine.loss_and_grad(active, at.x, at.y, at.weight)
-        if pick is None:
-            self.loss_C = loss_A.double()
-            return grad_AP
-        self.loss_C = self.loss_C.new_zeros(self.loss_C.shape).index_copy(0, pick, loss_A.double())
-        return torch.zeros_like(theta_CP).index_copy_(0, pick, grad_AP)
+        if self._scratch_CP is None:
+            self._scratch_CP = torch.empty_like(theta_CP)
+        theta_AP = theta_CP[self.pick]
+        loss_A, grad_AP = self._stack.engine.loss_and_grad(
+            theta_AP, at.x, at.y, at.weight, self._scratch_CP[: len(theta_AP)]
+        )
+        self.loss_A = loss_A
+        return grad_AP
+
+    def grad(self, theta_CP: Tensor, batch: Batch | None = None) -> Tensor:
+        """Mean-loss gradient at theta, (C, P); zero for finished rows."""
+        grad_CP = torch.zeros_like(theta_CP)
+        grad_CP[self.pick] = self.active_grad(theta_CP, batch)
+        return grad_CP
 
 
 Direction = Callable[[Any, Tensor, Step], tuple[Any, Tensor]]
@@ -347,50 +355,60 @@ def local_sgd(
     steps_C = stack.num_steps_C if steps_C is None else steps_C.to(torch.int64)
     theta_CP = start.expand(count, -1).clone()
     rate_C1 = torch.as_tensor(stack.learning_rate if rate_C is None else rate_C)
-    rate_C1 = rate_C1.to(theta_CP).reshape(-1, 1)
+    rate_C1 = rate_C1.to(theta_CP).expand(count).unsqueeze(1)
     velocity_CP = torch.zeros_like(theta_CP) if config.momentum else None
     loss_C = torch.zeros(count, dtype=torch.float64)
-    step = Step(stack, stream, steps_C, 0)
+    step = Step(stack, stream, steps_C)
     for index in range(int(steps_C.max())):
-        step._advance(index)
+        step.advance(index)
+        pick = step.pick
         if direction is None:
-            grad_CP = step.grad(theta_CP)
+            grad_AP = step.active_grad(theta_CP)
         else:
             carry, grad_CP = direction(carry, theta_CP, step)
+            grad_AP = grad_CP[pick].clone()
         if extra_grad is not None:
-            grad_CP = grad_CP + extra_grad(theta_CP)
-        grad_CP = _regularised(config, theta_CP, grad_CP)
+            grad_AP += extra_grad(theta_CP)[pick]
+        _regularise(config, theta_CP[pick], grad_AP)
         if velocity_CP is not None:
-            grad_CP = velocity_CP = velocity_CP * config.momentum + grad_CP
-        moved_CP = theta_CP - rate_C1 * grad_CP
-        if after_step is not None:
-            moved_CP = after_step(moved_CP)
-        _keep(theta_CP, moved_CP, None if step.all_active else step.active_C, trainable)
-        loss_C += step.loss_C
+            grad_AP += velocity_CP[pick] * config.momentum
+            velocity_CP[pick] = grad_AP
+        _move(theta_CP, pick, grad_AP.mul_(rate_C1[pick]), trainable, after_step)
+        loss_C[pick] += step.loss_A.cpu()
         if observe is not None:
             seen = observe(seen, theta_CP, step)
     return Trained(theta_CP, carry, seen, loss_C / steps_C.clamp(min=1), steps_C)
 
 
-def _regularised(config: TrainingConfig, theta_CP: Tensor, grad_CP: Tensor) -> Tensor:
-    """Clipping, then weight decay."""
+def _regularise(config: TrainingConfig, theta_AP: Tensor, grad_AP: Tensor) -> None:
+    """Clipping, then weight decay, into the gradient."""
     if config.clip_norm is not None:
-        norm_C1 = (grad_CP * grad_CP).sum(1, keepdim=True).sqrt()
-        grad_CP = grad_CP * (config.clip_norm / norm_C1.clamp(min=config.clip_norm))
+        norm_A1 = (grad_AP * grad_AP).sum(1, keepdim=True).sqrt()
+        grad_AP *= config.clip_norm / norm_A1.clamp(min=config.clip_norm)
     if config.weight_decay:
-        grad_CP = grad_CP + config.weight_decay * theta_CP
-    return grad_CP
+        grad_AP += config.weight_decay * theta_AP
 
 
-def _keep(
-    theta_CP: Tensor, moved_CP: Tensor, active_C: Tensor | None, trainable: Tensor | None
+def _move(
+    theta_CP: Tensor,
+    pick: slice | Tensor,
+    change_AP: Tensor,
+    trainable: Tensor | None,
+    after_step: Callable[[Tensor], Tensor] | None,
 ) -> None:
-    """Write the moved rows into theta, except finished rows and frozen coordinates."""
-    if active_C is not None:
-        moved_CP = torch.where(active_C.to(theta_CP.device).unsqueeze(1), moved_CP, theta_CP)
+    """Subtract the change from the active rows of theta, except at frozen coordinates."""
     if trainable is not None:
-        moved_CP = torch.where(trainable, moved_CP, theta_CP)
-    theta_CP.copy_(moved_CP)
+        change_AP = torch.where(trainable, change_AP, 0.0)
+    if after_step is None and isinstance(pick, slice):
+        theta_CP[pick].sub_(change_AP)
+        return
+    moved_CP = theta_CP.clone()
+    moved_CP[pick] -= change_AP
+    if after_step is not None:
+        moved_CP = after_step(moved_CP)
+        if trainable is not None:
+            moved_CP = torch.where(trainable, moved_CP, theta_CP)
+    theta_CP[pick] = moved_CP[pick]
 
 
 class Tail(NamedTuple):

@@ -151,20 +151,24 @@ def _write(dataset: Dataset, groups: Iterable[Group], source: str, draft: Path) 
     table = pa.Table.from_pylist(index)
     with pa.ipc.new_file(str(draft / "index.arrow"), table.schema) as out:
         out.write_table(table)
+    manifest = _manifest(dataset, first, source, index)
+    (draft / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1))
+
+
+def _manifest(dataset: Dataset, first: Group, source: str, index: list[dict[str, Any]]) -> Manifest:
     sha = hashlib.sha256("|".join(f"{r['client_id']}:{r['sha256']}" for r in index).encode())
-    manifest = Manifest(
+    return Manifest(
         SCHEMA_VERSION,
         dataset.name,
         dataset.title,
         dataset.licence,
         source,
-        int(table["num_rows"].to_numpy().sum()),
+        sum(r["num_rows"] for r in index),
         len(index),
         tuple(first.x.shape[1:]),
         tuple(first.y.shape[1:]),
         sha.hexdigest(),
     )
-    (draft / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1))
 
 
 def _record_batch(group: Group) -> pa.RecordBatch:

@@ -21,6 +21,9 @@ def quiet_ray() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Without it Ray binds the machine's own address (the name notwithstanding).
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Many small actors are what we want; Ray warns on the terminal from 4 starts a core on. Starts
+    # are staggered by ray_pool.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "64")
     # What becomes of CUDA_VISIBLE_DEVICES in actors without a GPU; the future default, without the
     # warning about it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

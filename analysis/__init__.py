@@ -1,0 +1,1 @@
+"""Studies, and tables and pictures from finished runs."""

@@ -1,0 +1,174 @@
+"""The prototype study on Fashion-MNIST, on the real system, beside the prototype's figures.
+
+    python -m analysis.prototype [--seeds 0,1,2] [--output analysis/results/prototype]
+
+Writes one CSV row a run and a Markdown table: mean over seeds, what the prototype gave, and whether
+the difference lies within the tolerance (5 points for dir01 global, 2.5 elsewhere).
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from selffl_ray import load_config, run_experiment
+
+CONFIG = Path(__file__).parents[1] / "tune_configs" / "prototype.yaml"
+
+SCENARIOS = {
+    "dir01": ["data.partition.alpha=0.1"],
+    "dir05": ["data.partition.alpha=0.5"],
+    "rot": ["data.partition.name=rotation", "data.partition.alpha=100"],
+    "iid": ["data.partition.alpha=100"],
+}
+TOLERANCE = {("dir01", "global"): 5.0}
+USUAL_TOLERANCE = 2.5
+
+
+class Variant(NamedTuple):
+    """A row of the prototype's tables: settings, and (global, local) by scenario in percent."""
+
+    label: str
+    settings: tuple[str, ...]
+    expected: dict[str, tuple[float, float]]
+
+
+def _expected(*pairs: tuple[float, float]) -> dict[str, tuple[float, float]]:
+    return dict(zip(SCENARIOS, pairs, strict=True))
+
+
+def _selffl(preset: str, *more: str) -> tuple[str, ...]:
+    return ("method.name=selffl", f"method.preset={preset}", "method.intra_pooling=own", *more)
+
+
+VARIANTS = (
+    Variant(
+        "fedavg",
+        ("method=fedavg",),
+        _expected((80.5, 80.5), (81.1, 81.1), (68.7, 68.7), (82.4, 82.4)),
+    ),
+    Variant(
+        "local",
+        ("method=local",),
+        _expected((57.9, 91.4), (68.8, 80.1), (31.4, 67.5), (73.5, 67.7)),
+    ),
+    Variant(
+        "interpolated",
+        _selffl("interpolated"),
+        _expected((82.5, 93.5), (81.2, 86.3), (69.8, 73.6), (82.6, 82.7)),
+    ),
+    Variant(
+        "no shrinkage (interpolated, kappa 0)",
+        _selffl("interpolated", "method.kappa=0"),
+        _expected((82.5, 93.6), (81.2, 86.1), (69.8, 72.8), (82.6, 79.9)),
+    ),
+    Variant(
+        "two_tap",
+        _selffl("two_tap"),
+        _expected((82.4, 93.4), (81.3, 86.4), (69.8, 72.9), (82.6, 82.5)),
+    ),
+    Variant(
+        "exact, rho 0.1",
+        _selffl("exact"),
+        _expected((82.6, 92.6), (81.3, 84.3), (69.5, 67.6), (76.6, 68.1)),
+    ),
+    Variant(
+        "as_described, eta 0.3, rho 0.1",
+        _selffl("as_described", "method.contraction=0.1"),
+        _expected((83.2, 92.0), (79.8, 82.2), (68.0, 65.9), (80.3, 75.4)),
+    ),
+    Variant(
+        "as_described, eta 0.1, rho 0.01",
+        _selffl("as_described", "training.learning_rate=0.1"),
+        _expected((84.5, 93.7), (81.3, 85.3), (69.0, 72.0), (82.1, 79.5)),
+    ),
+)
+
+
+def runs(seeds: list[int], labels: list[str] | None) -> Iterator[dict[str, object]]:
+    """One row a scenario, seed and variant."""
+    for scenario, partition in SCENARIOS.items():
+        for seed in seeds:
+            for variant in VARIANTS:
+                if labels is not None and variant.label not in labels:
+                    continue
+                yield _run(scenario, partition, seed, variant)
+
+
+def _run(scenario: str, partition: list[str], seed: int, variant: Variant) -> dict[str, object]:
+    fixed = ["placement.backend=local", "tracking.enabled=false", f"seed={seed}"]
+    config = load_config(CONFIG, [*partition, *variant.settings, *fixed])
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        result = run_experiment(config, output=folder)
+        final = result.summary["final"]
+        table = result.uncertainty
+        shrinkage = None
+        if not table.empty:
+            last = table[table["round_index"] == table["round_index"].max()]
+            shrinkage = float(last["shrinkage"].median())
+    return {
+        "scenario": scenario,
+        "variant": variant.label,
+        "seed": seed,
+        "global": 100 * final["test/global_accuracy"],
+        "local": 100 * final["test/local_accuracy"],
+        "median_shrinkage": shrinkage,
+        "gradient_steps": final["cost/gradient_steps"],
+        "seconds": time.monotonic() - began,
+    }
+
+
+def table(rows: pd.DataFrame) -> str:
+    """Markdown: found, expected and difference for every variant, scenario and measure."""
+    lines = [
+        "| variant | scenario | measure | found | prototype | difference | tolerance | within |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for variant in VARIANTS:
+        for scenario, expected in variant.expected.items():
+            own = rows[(rows["variant"] == variant.label) & (rows["scenario"] == scenario)]
+            if own.empty:
+                continue
+            for measure, wanted in zip(("global", "local"), expected, strict=True):
+                mean, std = own[measure].mean(), own[measure].std()
+                allowed = TOLERANCE.get((scenario, measure), USUAL_TOLERANCE)
+                good = "yes" if abs(mean - wanted) <= allowed else "**no**"
+                lines.append(
+                    f"| {variant.label} | {scenario} | {measure} | {mean:.1f} ± {std:.1f} | "
+                    f"{wanted:.1f} | {mean - wanted:+.1f} | {allowed:g} | {good} |"
+                )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--variants", default=None, help="labels, separated by semicolons")
+    parser.add_argument("--output", default="analysis/results/prototype")
+    options = parser.parse_args()
+    seeds = [int(s) for s in options.seeds.split(",")]
+    labels = options.variants.split(";") if options.variants else None
+    found: list[dict[str, object]] = []
+    for row in runs(seeds, labels):
+        found.append(row)
+        print(row, flush=True)
+    rows = pd.DataFrame(found)
+    output = Path(options.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    rows.to_csv(output.with_suffix(".csv"), index=False, float_format="%.4f")
+    command = f"python -m analysis.prototype --seeds {options.seeds}"
+    text = f"Command: `{command}`\n\n{table(rows)}\n"
+    output.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The examples of a host's clients, read from the store once and kept as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from selffl_ray.datasets.base import Dataset
+from selffl_ray.datasets.splits import ClientRows
+from selffl_ray.datasets.store import Store, prepare
+from selffl_ray.errors import DataError
+from selffl_ray.messages import DataSpec, Split
+from selffl_ray.registry import datasets
+from selffl_ray.training import Rows
+
+
+class ClientData:
+    """Examples of some clients on one device, a client after the other in index order.
+
+    Args:
+        spec: which store, and the digest that it must have.
+        clients: rows of the store by client index.
+        device: where the tensors are kept.
+
+    Raises:
+        DataError: the store on this machine holds other data than the driver's.
+    """
+
+    def __init__(
+        self, spec: DataSpec, clients: Mapping[int, ClientRows], device: torch.device
+    ) -> None:
+        self.dataset: Dataset = datasets.make(spec.dataset)
+        options = datasets.options(spec.dataset)
+        store = prepare(self.dataset, options, spec.source, spec.seed, Path(spec.root))
+        if store.manifest.digest != spec.digest:
+            raise DataError(
+                f"{store.folder} holds other data than the driver's (digest "
+                f"{store.manifest.digest[:12]} instead of {spec.digest[:12]}); put the same source "
+                "files on every node"
+            )
+        self.clients = dict(sorted(clients.items()))
+        self.place = {index: place for place, index in enumerate(self.clients)}
+        self._device = device
+        self._rows = {
+            split: self._read(store, [getattr(c, split) for c in self.clients.values()])
+            for split in ("train", "val", "test")
+        }
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all examples."""
+        return sum(r.x.nbytes + r.y.nbytes for r in self._rows.values())
+
+    def places(self, members: Sequence[int]) -> list[int]:
+        """Places of clients, by index, within the rows of a split."""
+        return [self.place[i] for i in members]
+
+    def rows(self, dtype: torch.dtype) -> dict[Split, Rows]:
+        """Examples by split; real-valued targets in the model's dtype."""
+        return {
+            split: rows._replace(y=rows.y.to(dtype)) if rows.y.is_floating_point() else rows
+            for split, rows in self._rows.items()
+        }
+
+    def _read(self, store: Store, wanted: Sequence[npt.NDArray[np.int64]]) -> Rows:
+        num = torch.tensor([len(rows) for rows in wanted], dtype=torch.int64)
+        xs, ys = [], []
+        for client, rows in zip(self.clients.values(), wanted, strict=True):
+            if len(rows):
+                x, y = store.read(rows)
+                if client.quarter_turns:
+                    x = np.rot90(x, client.quarter_turns, axes=(-2, -1))
+                xs.append(self.dataset.features(x))
+                ys.append(y)
+        manifest = store.manifest
+        x = np.concatenate(xs) if xs else np.empty((0, *manifest.x_shape), np.float32)
+        y = np.concatenate(ys) if ys else np.empty((0, *manifest.y_shape), np.int64)
+        return Rows(
+            torch.from_numpy(np.ascontiguousarray(x)).to(self._device),
+            torch.from_numpy(y).to(self._device),
+            torch.cumsum(num, 0) - num,
+            num,
+        )

@@ -1,0 +1,236 @@
+"""What each ``selffl`` command does. Text goes through :class:`Say`; ``cli`` prints it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selffl_ray.api import Interrupt, parse_method, placement_of, run_comparison, run_experiment
+from selffl_ray.config import ExperimentConfig, load_config, to_yaml
+from selffl_ray.console import ProgressPrinter, comparison_table, text_table
+from selffl_ray.datasets.store import prepare, store_root
+from selffl_ray.describe import describe, draw
+from selffl_ray.doctor import examine
+from selffl_ray.errors import ConfigError, SelfFLError
+from selffl_ray.estimate import estimate_run
+from selffl_ray.experiment import prepare_experiment
+from selffl_ray.registry import Component, datasets
+from selffl_ray.runtime.cluster import cluster, this_machine
+from selffl_ray.tracking import TrackingConfig, quiet_mlflow, resolve_uri, without_password
+from selffl_ray.verification import verify_run
+
+STOPPED = 130
+"""Exit status after Ctrl-C."""
+
+
+@dataclass(frozen=True)
+class Say:
+    """Where text goes: ``out`` is a line of the result, ``aside`` progress as it is."""
+
+    out: Callable[[str], None]
+    aside: Callable[[str], None]
+
+
+@contextlib.contextmanager
+def stoppable(say: Say) -> Iterator[Interrupt]:
+    """Ctrl-C and SIGTERM end the run after its round; a second one ends at once."""
+    interrupt = Interrupt()
+
+    def handle(number: int, frame: Any) -> None:
+        if interrupt.is_set():
+            raise KeyboardInterrupt
+        interrupt.set()
+        say.aside("\nstopping after this round (again to stop at once)\n")
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run(options: argparse.Namespace, say: Say) -> int:
+    """``selffl run``."""
+    path = options.config
+    if options.resume:
+        if options.config or options.output:
+            raise ConfigError(
+                "--resume RUN_DIR goes on with that folder's own config.yaml; drop CONFIG.yaml "
+                "and --output"
+            )
+        path = Path(options.resume) / "config.yaml"
+    config = load_config(path, options.set)
+    if options.dry_run:
+        return _dry_run(config, say)
+    printer = ProgressPrinter(say.aside)
+    with stoppable(say) as interrupt:
+        result = run_experiment(
+            config,
+            output=options.output,
+            resume=options.resume,
+            watch=printer,
+            interrupt=interrupt,
+        )
+    printer.end()
+    if result.summary["status"] == "STOPPED":
+        say.out(f"stopped after {result.summary['rounds']} rounds; go on with")
+        say.out(f"  selffl run --resume {result.folder}")
+        return STOPPED
+    say.out(comparison_table([result.summary]))
+    say.out(f"folder: {result.folder}")
+    _where_to_look(config, say)
+    return 0
+
+
+def _dry_run(config: ExperimentConfig, say: Say) -> int:
+    prepared = prepare_experiment(config)
+    say.out(to_yaml(config))
+    if os.environ.get("RAY_ADDRESS") and config.placement.backend == "ray":
+        with cluster() as found:
+            nodes = found.nodes
+    else:
+        nodes = this_machine()
+    plan = placement_of(prepared, nodes)
+    for line in (*plan.describe(), *estimate_run(prepared, plan)):
+        say.out(f"# {line}")
+    return 0
+
+
+def compare(options: argparse.Namespace, say: Say) -> int:
+    """``selffl compare``."""
+    config = load_config(options.config, options.set)
+    methods = [parse_method(text, config) for text in options.methods.split(",")]
+    seeds = _seeds(options.seeds) if options.seeds else None
+    printer = ProgressPrinter(say.aside)
+    with stoppable(say) as interrupt:
+        results = run_comparison(
+            config, methods, seeds=seeds, output=options.output, watch=printer, interrupt=interrupt
+        )
+    printer.end()
+    say.out(comparison_table([r.summary for r in results]))
+    say.out(f"folders: {results[0].folder.parent}")
+    _where_to_look(config, say)
+    return STOPPED if results[-1].summary["status"] == "STOPPED" else 0
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--seeds must be whole numbers with commas, got {text!r}") from error
+    if len(set(seeds)) != len(seeds):
+        raise ConfigError(f"--seeds names a seed twice: {text!r}")
+    return seeds
+
+
+def _where_to_look(config: ExperimentConfig, say: Say) -> None:
+    if config.tracking.enabled:
+        say.out(
+            f"curves:  selffl ui   (MLflow, experiment {config.experiment!r}: "
+            "test/global_accuracy and test/local_accuracy)"
+        )
+
+
+def data_list(options: argparse.Namespace, say: Say) -> int:
+    """``selffl data list``."""
+    rows = []
+    for name in datasets.names():
+        dataset = datasets.make(Component(name))
+        try:
+            dataset.find(None)
+            state = "ready"
+        except SelfFLError:
+            state = "needs --source"
+        clients = "its own" if dataset.natural else "by partition"
+        rows.append([name, state, clients, datasets.get(name).summary])
+    say.out(text_table(["data set", "here", "clients", "what it is"], rows, left=True))
+    return 0
+
+
+def _data_config(options: argparse.Namespace) -> ExperimentConfig:
+    sets = [f"data.name={options.name}", *options.set]
+    if options.source:
+        sets.append(f"data.source={options.source}")
+    return load_config(None, sets)
+
+
+def data_describe(options: argparse.Namespace, say: Say) -> int:
+    """``selffl data describe``."""
+    prepared = prepare_experiment(_data_config(options))
+    description = describe(prepared)
+    for line in description.lines:
+        say.out(line)
+    picture = Path(options.output or f"{options.name}.png").absolute()
+    draw(description, prepared.store.manifest.title, picture)
+    say.out(f"\npicture: {picture}")
+    return 0
+
+
+def data_prepare(options: argparse.Namespace, say: Say) -> int:
+    """``selffl data prepare``."""
+    config = _data_config(options)
+    chosen = config.data.component
+    dataset = datasets.make(chosen)
+    say.aside(f"preparing {dataset.name} ({dataset.title}) ...\n")
+    store = prepare(
+        dataset, datasets.options(chosen), config.data.source, config.seed, store_root()
+    )
+    manifest = store.manifest
+    say.out(f"{manifest.name}: {manifest.num_rows} examples, {manifest.num_batches} record batches")
+    say.out(f"licence: {manifest.licence}")
+    say.out(f"digest:  {manifest.digest}")
+    say.out(f"store:   {store.folder}")
+    return 0
+
+
+def verify(options: argparse.Namespace, say: Say) -> int:
+    """``selffl verify``."""
+    printer = ProgressPrinter(say.aside)
+    verdict = verify_run(Path(options.run), printer)
+    printer.end()
+    where = f"repeated in {verdict.placement}"
+    if verdict.first_difference is None:
+        say.out(f"equal: all {verdict.num_rounds} rounds have the same digest, {where}")
+        return 0
+    first, count = verdict.first_difference, verdict.num_rounds
+    say.out(f"DIFFERENT from round {first} on (of {count}), {where}")
+    return 1
+
+
+def ui(options: argparse.Namespace, say: Say) -> int:
+    """``selffl ui``."""
+    target = options.store
+    if target and Path(target, "tracking.json").is_file():
+        target = json.loads(Path(target, "tracking.json").read_text())["uri"]
+    elif target and Path(target).is_file():
+        target = f"sqlite:///{Path(target).absolute()}"
+    uri = resolve_uri(TrackingConfig(uri=target), Path.cwd())
+    if not uri.startswith("sqlite:///"):
+        say.out(f"the store is a server: open {without_password(uri)}")
+        return 0
+    if not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise ConfigError(f"there is no MLflow store {uri}; run an experiment first, or name one")
+    quiet_mlflow()
+    say.out(f"MLflow UI of {uri}: http://127.0.0.1:{options.port} (Ctrl-C ends it)")
+    say.out("Ray dashboard: `ray dashboard cluster.yaml` for a cluster; local runs start none")
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
+    return subprocess.call([*command, "--host", "127.0.0.1", "--port", str(options.port)])
+
+
+def doctor(options: argparse.Namespace, say: Say) -> int:
+    """``selffl doctor``."""
+    for finding in examine():
+        mark = "ok" if finding.remedy is None else "!!"
+        remedy = f"  -> {finding.remedy}" if finding.remedy else ""
+        say.out(f"{mark} {finding.name:<14} {finding.found}{remedy}")
+    return 0

@@ -1,0 +1,131 @@
+"""A run's folder and its tracker: everything that a run leaves behind, except checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selffl_ray.config import ExperimentConfig, flatten, parse_config, to_raw, to_yaml
+from selffl_ray.driver import RoundRecord
+from selffl_ray.environment import describe_environment, package_version
+from selffl_ray.experiment import Prepared
+from selffl_ray.runtime.placement import PlacementPlan
+from selffl_ray.tables import (
+    RunTables,
+    final_metrics,
+    selected_round,
+    write_json,
+    write_text,
+)
+from selffl_ray.tracking import MLflowTracker, NoTracker, RunInfo, Tracker, resolve_uri
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to do, in a form that travels: the resolved configuration as plain values.
+
+    folder: the run's; plugin_folder: where plugins and relative stores are looked for; tags:
+    further MLflow tags; resume: go on from the folder's newest checkpoint.
+    """
+
+    raw: Mapping[str, Any]
+    folder: str
+    plugin_folder: str
+    tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    resume: bool = False
+
+    def config(self) -> ExperimentConfig:
+        """The configuration, with plugins loaded."""
+        return parse_config(dict(self.raw), Path(self.plugin_folder))
+
+
+class RunWriter:
+    """A run's folder and tracker."""
+
+    def __init__(self, job: Job, prepared: Prepared) -> None:
+        self.folder = Path(job.folder)
+        self.prepared = prepared
+        config = prepared.config
+        self.tables = RunTables(self.folder, prepared.client_ids, prepared.dataset.task.score_name)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / "config.yaml", to_yaml(config))
+        self.tracker: Tracker = self._open_tracker(job)
+        self._began = time.monotonic()
+
+    def _open_tracker(self, job: Job) -> Tracker:
+        config = self.prepared.config
+        if not config.tracking.enabled:
+            return NoTracker()
+        uri = resolve_uri(config.tracking, Path(job.plugin_folder))
+        note = self.folder / "tracking.json"
+        resume_id = None
+        if job.resume and note.exists():
+            before = json.loads(note.read_text())
+            resume_id = before["run_id"]
+            # The store that the run is in, wherever this command was started.
+            uri = uri if "***" in before["uri"] else before["uri"]
+        tags = {
+            "method": config.method.name,
+            "method_label": config.method_label,
+            "dataset": config.data.component.name,
+            "seed": str(config.seed),
+            "partition_digest": self.prepared.partition.digest,
+            "data_digest": self.prepared.store.manifest.digest,
+            "selffl_ray_version": package_version(),
+            **config.tracking.tags,
+            **job.tags,
+        }
+        info = RunInfo(
+            config.experiment,
+            f"{config.method_label}-s{config.seed}",
+            flatten(to_raw(config)),
+            tags,
+            resume_id,
+        )
+        return MLflowTracker(uri, info, self.folder)
+
+    def write_environment(self, plan: PlacementPlan, where: list[dict[str, Any]]) -> None:
+        """``environment.json``."""
+        found = describe_environment(self.prepared, plan, where)
+        write_json(self.folder / "environment.json", found)
+
+    def add(self, record: RoundRecord) -> None:
+        """Tables and tracker take in a round."""
+        self.tables.add(record)
+        self.tracker.log(record.metrics, record.plan.round_index)
+
+    def finish(self, status: str, error: str | None = None) -> dict[str, Any]:
+        """Write tables and ``summary.json``, end tracking; returns the summary."""
+        self.tables.flush()
+        config, task = self.prepared.config, self.prepared.dataset.task
+        rows = self.tables.evaluated_rounds()
+        newest = self.tables.last_round()
+        summary = {
+            "status": status,
+            "experiment": config.experiment,
+            "method": config.method.name,
+            "label": config.method_label,
+            "dataset": config.data.component.name,
+            "seed": config.seed,
+            "rounds": 0 if newest is None else newest["round_index"] + 1,
+            "final": final_metrics(rows, config.evaluation.last),
+            "selected": selected_round(
+                rows, task.score_name, higher_is_better=task.higher_is_better
+            ),
+            "wall_s": time.monotonic() - self._began,
+            "digest": None if newest is None else newest["digest"],
+            "error": error,
+            "folder": str(self.folder),
+        }
+        write_json(self.folder / "summary.json", summary)
+        mlflow_status = {"FINISHED": "FINISHED", "STOPPED": "KILLED"}.get(status, "FAILED")
+        problem = self.tracker.finish(mlflow_status)
+        if isinstance(self.tracker, MLflowTracker):
+            note = {"uri": self.tracker.public_uri, "run_id": self.tracker.run_id}
+            write_json(self.folder / "tracking.json", note)
+        return summary | {"tracking_problem": problem}
