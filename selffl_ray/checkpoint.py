@@ -76,16 +76,21 @@ def save_checkpoint(
         folder: the run's ``checkpoints`` folder.
         changed: rows of the clients that changed since the last checkpoint in this folder (all
             rows if there is none).
+
+    Raises:
+        OSError: it could not be written; the checkpoints before it are as they were.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(".round_*"):
+        # Of a process that was killed while it wrote.
+        shutil.rmtree(left_over, ignore_errors=True)
     previous = latest_checkpoint(folder)
     target = folder / f"round_{counters.round_index}"
     draft = folder / f".round_{counters.round_index}.{os.getpid()}"
-    shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     try:
         tensors = {name: np.asarray(leaf.cpu().numpy()) for name, leaf in trees.leaves(server)}
-        save_file(_contiguous(tensors), draft / "server.safetensors")
+        _write_arrays(tensors, draft / "server.safetensors")
         _write_blocks(draft, previous, changed)
         files = {f.name: _sha256(f) for f in sorted(draft.iterdir())}
         head = {"schema_version": SCHEMA_VERSION, **asdict(counters), "files": files}
@@ -115,7 +120,7 @@ def _write_blocks(draft: Path, previous: Path | None, changed: Sequence[StateRow
         arrays = {"index": np.asarray(index, np.int64)}
         for leaf in block[index[0]]:
             arrays[f"state.{leaf}"] = np.stack([block[i][leaf] for i in index])
-        save_file(_contiguous(arrays), draft / name)
+        _write_arrays(arrays, draft / name)
     for name, file in old.items():
         if name not in fresh:
             try:
@@ -137,8 +142,12 @@ def _read_block(file: Path) -> dict[int, dict[str, np.ndarray]]:
     }
 
 
-def _contiguous(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+def _write_arrays(arrays: dict[str, np.ndarray], file: Path) -> None:
+    try:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, file)
+    except SafetensorError as error:
+        # What safetensors makes of a full disk.
+        raise OSError(f"{file}: {error}") from error
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -163,12 +172,7 @@ def load_checkpoint(path: Path, run_digest: str, server_like: Any, state_like: A
     Raises:
         CheckpointError: another schema or run, a file that is missing, broken or does not fit.
     """
-    head = _read_head(path)
-    if head["run_digest"] != run_digest:
-        raise CheckpointError(
-            f"{path} belongs to another run: method, data, partition or training differ from the "
-            "configuration; resume with the run's own config.yaml"
-        )
+    head = check_checkpoint(path, run_digest)
     for name, sha in head["files"].items():
         if not (path / name).is_file() or _sha256(path / name) != sha:
             raise CheckpointError(
@@ -184,6 +188,21 @@ def load_checkpoint(path: Path, run_digest: str, server_like: Any, state_like: A
         state = _fit(arrays, "state.", state_like, path / name, rows=len(index))
         states.append(StateRows(index, trees.to_arrays(state)))
     return Checkpoint(counters, server, states)
+
+
+def check_checkpoint(path: Path, run_digest: str) -> dict[str, Any]:
+    """The content of ``checkpoint.json``, if this release can read it and it is of that run.
+
+    Raises:
+        CheckpointError: another schema or run, or a file that is broken.
+    """
+    head = _read_head(path)
+    if head["run_digest"] != run_digest:
+        raise CheckpointError(
+            f"{path} belongs to another run: method, data, partition or training differ from the "
+            "configuration; resume with the run's own config.yaml"
+        )
+    return head
 
 
 def _read_head(path: Path) -> dict[str, Any]:

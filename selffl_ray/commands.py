@@ -222,6 +222,7 @@ def ui(options: argparse.Namespace, say: Say) -> int:
         raise ConfigError(f"there is no MLflow store {uri}; run an experiment first, or name one")
     quiet_mlflow()
     say.out(f"MLflow UI of {uri}: http://127.0.0.1:{options.port} (Ctrl-C ends it)")
+    say.out("open an experiment, its chart view, and search for ^test/(global|local)_accuracy$")
     say.out("Ray dashboard: `ray dashboard cluster.yaml` for a cluster; local runs start none")
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
     return subprocess.call([*command, "--host", "127.0.0.1", "--port", str(options.port)])

@@ -3,7 +3,8 @@
 Unknown keys are refused with the nearest name, values of another type with the value found. A
 component (``data``, ``model``, ``method``, an estimator, a partitioner) is a name and that entry's
 own options: a mapping with ``name``, or the bare name. Types of single values are checked by
-pydantic in strict mode; nothing is converted.
+pydantic in strict mode; nothing is converted. A key given twice is refused, and ``1e-3`` is a
+number (YAML 1.1 takes it for a string).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from selffl_ray.checkpoint import CheckpointConfig
 from selffl_ray.datasets.base import Dataset
-from selffl_ray.errors import ConfigError
+from selffl_ray.errors import ConfigError, SelfFLError
 from selffl_ray.evaluation import EvaluationConfig
 from selffl_ray.faults import FaultsConfig
 from selffl_ray.models.build import ModelConfig
@@ -38,11 +39,14 @@ from selffl_ray.registry import (
     partitioners,
 )
 from selffl_ray.runtime.placement import PlacementConfig
-from selffl_ray.tracking import TrackingConfig
+from selffl_ray.tracking import TrackingConfig, resolve_uri
 from selffl_ray.training import TrainingConfig
 
 Raw = dict[str, Any]
 Value = TypeVar("Value")
+
+LONGEST_SHOWN = 120
+"""Characters of a wrong value that a message shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,10 @@ class DataConfig:
     partition: Annotated[Component, partitioners] = Component("natural")
     source: str | None = None
     """Folder of the files, for sets that are not generated or part of a library."""
+
+
+USUAL_SPLITS = (0.6, 0.2, 0.2)
+"""Shares of train, validation and test, unless the data set has others that suit it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +102,33 @@ class ExperimentConfig:
 # -- reading ------------------------------------------------------------------------------------
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain values only, no key twice in a mapping."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen and key.value != "<<":
+                    text = f"the key {key.value!r} is given twice; keep one"
+                    raise yaml.MarkedYAMLError(problem=text, problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader would take for a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+
+
 def load_config(
     path: str | Path | None = None, sets: Sequence[str] = (), folder: str | Path | None = None
 ) -> ExperimentConfig:
@@ -121,12 +156,10 @@ def read_yaml(path: Path) -> Raw:
         ConfigError: no such file, not YAML, or not a mapping.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        where = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not valid YAML: {where}") from error
+    raw = _from_yaml(text, str(path))
     if raw is None:
         return {}
     if not isinstance(raw, dict):
@@ -134,15 +167,21 @@ def read_yaml(path: Path) -> Raw:
     return raw
 
 
+def _from_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: a date that does not exist.
+        found = " ".join(str(error).split())
+        raise ConfigError(f"{where} is not valid YAML: {found}") from error
+
+
 def apply_setting(raw: Raw, setting: str) -> None:
     """Write one ``dotted.key=value`` into a raw configuration (which is changed)."""
     key, equals, text = setting.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"--set {setting!r}: write dotted.key=value, as in training.num_rounds=5")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {setting!r}: the value is not valid YAML") from error
+    value = _from_yaml(text, f"--set {key}: the value {_shown(text)}")
     at = raw
     *parents, last = key.split(".")
     for parent in parents:
@@ -158,28 +197,48 @@ def apply_setting(raw: Raw, setting: str) -> None:
 
 def parse_config(raw: Raw, folder: Path) -> ExperimentConfig:
     """A resolved configuration from a raw mapping (which is not changed)."""
-    raw = copy.deepcopy(raw)
-    plugins = raw.get("plugins") or []
-    if not isinstance(plugins, list) or not all(isinstance(p, str) for p in plugins):
-        raise ConfigError(f"plugins must be a list of module names, got {plugins!r}")
-    load_plugins(plugins, str(folder))
-    data_raw = raw.get("data")
-    data = _parse(DataConfig, _mapping(data_raw, "data"), "data")
-    dataset: Dataset = datasets.make(data.component)
-    merged = _under(raw, dataset.defaults)
-    config = _parse(ExperimentConfig, merged, "")
-    splits = config.evaluation.splits or (0.6, 0.2, 0.2)
-    return replace_nested(
+    raw = copy.deepcopy(_mapping(raw, ""))
+    _load_plugins(raw.get("plugins") or [], folder)
+    # Which data set it is decides the defaults of the rest, of its partition too.
+    own = {f.name for f in dataclasses.fields(DataConfig)}
+    options = {k: v for k, v in _mapping(raw.get("data"), "data").items() if k not in own}
+    chosen = _parse_component(datasets, options, "data", DataConfig().component)
+    dataset: Dataset = datasets.make(chosen)
+    config = _parse(ExperimentConfig, _under(raw, dataset.defaults), "")
+    usual = dataset.defaults.get("evaluation", {}).get("splits", USUAL_SPLITS)
+    splits = config.evaluation.splits or tuple(usual)
+    tracking = config.tracking
+    if tracking.uri is not None:
+        tracking = dataclasses.replace(tracking, uri=resolve_uri(tracking, folder))
+    return dataclasses.replace(
         config,
         evaluation=dataclasses.replace(config.evaluation, splits=splits),
         training=_absolute(config.training, "start_from", folder),
         data=_absolute(config.data, "source", folder),
+        tracking=tracking,
     )
 
 
-def replace_nested(config: ExperimentConfig, **parts: Any) -> ExperimentConfig:
-    """``dataclasses.replace``, for symmetry with the parts' own."""
-    return dataclasses.replace(config, **parts)
+def resolve(config: ExperimentConfig) -> ExperimentConfig:
+    """A configuration that was built in Python, checked and resolved as if read from YAML."""
+    return parse_config(to_raw(config), Path.cwd())
+
+
+def _load_plugins(names: Any, folder: Path) -> None:
+    if not isinstance(names, list) or not all(isinstance(p, str) for p in names):
+        raise ConfigError(f"plugins must be a list of module names, got {_shown(names)}")
+    for name in names:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ConfigError(f"plugins must be module names as in my_module, got {_shown(name)}")
+        try:
+            load_plugins([name], str(folder))
+        except SelfFLError:
+            raise
+        except Exception as error:
+            # Somebody else's code, which may raise anything.
+            raise ConfigError(
+                f"plugins: {name} cannot be imported: {type(error).__name__}: {error}"
+            ) from error
 
 
 def _absolute(part: Value, name: str, folder: Path) -> Value:
@@ -190,13 +249,16 @@ def _absolute(part: Value, name: str, folder: Path) -> Value:
     return dataclasses.replace(part, **{name: str(path)})  # type: ignore[type-var]
 
 
-def _under(raw: Any, defaults: Mapping[str, Any]) -> Raw:
+def _under(raw: Raw, defaults: Mapping[str, Any]) -> Raw:
     """User keys over defaults, level by level; another name drops that component's defaults."""
     merged = copy.deepcopy(dict(defaults))
     for key, value in raw.items():
         low = merged.get(key)
-        named = isinstance(low, dict) and isinstance(value, str) and "name" in low
-        own = {"name": value} if named else value
+        if isinstance(low, str) and isinstance(value, dict):
+            low = {"name": low}
+        own = {"name": value} if isinstance(low, dict) and isinstance(value, str) else value
+        if isinstance(low, dict) and own is None:
+            continue  # a part that is left empty is not given
         if isinstance(low, dict) and isinstance(own, dict):
             other = "name" in low and own.get("name", low["name"]) != low["name"]
             merged[key] = own if other else _under(own, low)
@@ -205,13 +267,20 @@ def _under(raw: Any, defaults: Mapping[str, Any]) -> Raw:
     return merged
 
 
+def _shown(value: Any) -> str:
+    """A value in a message, cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
 def _mapping(raw: Any, path: str) -> Raw:
     if raw is None:
         return {}
     if isinstance(raw, str):
         return {"name": raw}
     if not isinstance(raw, dict) or not all(isinstance(k, str) for k in raw):
-        raise ConfigError(f"{path or 'the configuration'} must be a mapping of keys, got {raw!r}")
+        where = path or "the configuration"
+        raise ConfigError(f"{where} must be a mapping of keys, got {_shown(raw)}")
     return raw
 
 
@@ -234,7 +303,21 @@ def _parse(kind: type[Value], raw: Any, path: str) -> Value:
                 f"{where}: unknown key{nearest(key, fields)}; known: {', '.join(sorted(fields))}"
             )
         given[key] = _parse_value(hints[key], value, where, fields[key])
-    return kind(**given)
+    return _make(kind, given, path, [n for n, f in fields.items() if n not in given and _needed(f)])
+
+
+def _make(kind: type[Value], given: dict[str, Any], path: str, missing: list[str]) -> Value:
+    if missing:
+        raise ConfigError(f"{path}: {' and '.join(missing)} must be given")
+    try:
+        return kind(**given)
+    except (ArithmeticError, MemoryError, ValueError) as error:
+        # Checks compute with the values, and some are too large to.
+        raise ConfigError(f"{path}: {error}; got {_shown(given)}") from error
+
+
+def _needed(spec: dataclasses.Field[Any]) -> bool:
+    return spec.default is spec.default_factory is dataclasses.MISSING
 
 
 def _default(spec: dataclasses.Field[Any]) -> Any:
@@ -276,9 +359,9 @@ def check_type(hint: Any, value: Any, where: str) -> Any:
     except ValidationError as error:
         wanted = " or ".join(dict.fromkeys(e["msg"].lower() for e in error.errors()))
         wanted = wanted.replace("input should be ", "")
-        raise ConfigError(f"{where} must be {wanted}, got {value!r}") from error
+        raise ConfigError(f"{where} must be {wanted}, got {_shown(value)}") from error
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: {value!r} is not a plain value; quote it") from error
+        raise ConfigError(f"{where}: {_shown(value)} is not a plain value; quote it") from error
 
 
 @functools.cache
@@ -290,7 +373,7 @@ def _parse_component(registry: Registry, raw: Raw, path: str, default: Component
     raw = dict(raw)
     name = raw.pop("name", default.name)
     if not isinstance(name, str):
-        raise ConfigError(f"{registry.key} must be a name, got {name!r}")
+        raise ConfigError(f"{registry.key} must be a name, got {_shown(name)}")
     entry = registry.get(name)
     if entry.presets:
         fallback = next(iter(entry.presets))
@@ -300,7 +383,7 @@ def _parse_component(registry: Registry, raw: Raw, path: str, default: Component
                 f"{path}.preset: unknown preset {preset!r}{nearest(str(preset), entry.presets)}; "
                 f"{name} has {', '.join(entry.presets)}"
             )
-        raw = {**entry.presets[preset], **raw}
+        raw = _under(raw, entry.presets[preset])
     return Component(name, _parse(entry.config_type, raw, path))
 
 
@@ -333,7 +416,7 @@ def to_raw(value: Any, hint: Any = None) -> Any:
 
 def to_yaml(config: ExperimentConfig) -> str:
     """The resolved configuration; reading it back gives an equal one."""
-    return yaml.safe_dump(to_raw(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(to_raw(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def flatten(raw: Any, prefix: str = "") -> dict[str, str]:

@@ -184,6 +184,11 @@ def read_params(path: Path, spec: ParamSpec) -> torch.Tensor:
         raise DataError(
             f"training.start_from: {path} is not a readable safetensors file: {error}"
         ) from error
+    if extra := sorted(set(named) - set(spec.names)):
+        raise DataError(
+            f"training.start_from: {path} has {', '.join(extra)}, which the model has not; it has "
+            f"{', '.join(spec.names)}"
+        )
     for name, shape in zip(spec.names, spec.shapes, strict=True):
         found = tuple(named[name].shape) if name in named else None
         if found != shape:

@@ -68,7 +68,8 @@ def decide(
     again = tuple(f.client_index for f in failures if f.retry)
     if again and attempt < config.max_retries:
         return Retry(again)
-    needed = max(1, math.ceil(config.min_participants * asked))
+    # Less a little: 0.55 of 100 is 55.00000000000001.
+    needed = max(1, math.ceil(config.min_participants * asked - 1e-9))
     answered = asked - len(failures)
     if answered >= needed:
         return Proceed()

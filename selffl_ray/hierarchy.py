@@ -64,7 +64,7 @@ def _relative_precisions(inter: float, intra_M: Floats) -> Floats:
     total_M = inter + intra_M
     if (total_M == 0).any():
         return np.asarray(total_M == 0, dtype=np.float64)
-    smallest = float(total_M.min())
+    smallest = float(total_M.min(initial=math.inf))
     if not math.isfinite(smallest):
         return np.zeros_like(total_M)
     return np.where(seen_M, smallest / total_M, 0.0)
@@ -193,11 +193,15 @@ def leave_one_out_variances(inter_var: float, intra_var_M: npt.ArrayLike) -> Flo
     others_certain_M = certain_M.sum() - certain_M > 0
     with np.errstate(divide="ignore"):
         weights_M = np.where(certain_M, 0.0, 1.0 / total_M)
-    # Sums without the client, never W - w_m: a client with nearly all the weight would cancel.
+    with np.errstate(divide="ignore"):
+        return np.where(others_certain_M, 0.0, 1.0 / _sum_of_others(weights_M))
+
+
+def _sum_of_others(weights_M: Floats) -> Floats:
+    """Sum without each client, never total - own: one with nearly all the weight would cancel."""
     before_M = np.concatenate([[0.0], np.cumsum(weights_M)[:-1]])
     after_M = np.concatenate([np.cumsum(weights_M[::-1])[:-1][::-1], [0.0]])
-    with np.errstate(divide="ignore"):
-        return np.where(others_certain_M, 0.0, 1.0 / (before_M + after_M))
+    return np.asarray(before_M + after_M)
 
 
 def shrinkage(inter_var: float, intra_var_M: npt.ArrayLike, *, kappa: float = 1.0) -> Floats:
@@ -268,13 +272,11 @@ def personal_posterior(
         _personal_mean(local_params_MP, inter, intra_M, m, float(shrink_M[m]))
         for m in range(len(intra_M))
     ]
+    prior_M = inter + leave_one_out_variances(inter, intra_M)
     with np.errstate(invalid="ignore"):
-        var_M = np.where(
-            np.isinf(intra_M),
-            inter + leave_one_out_variances(inter, intra_M),
-            intra_M * (1.0 - shrink_M),
-        )
-    return _stack(rows), var_M
+        # 1 - B as a ratio of its own: a difference would cancel where B is near 1.
+        own_M = intra_M * posterior_weight(prior_M, intra_M)
+    return _stack(rows), np.where(np.isinf(intra_M), prior_M, own_M)
 
 
 def _personal_mean(
@@ -417,6 +419,8 @@ def smooth(
     present = np.ones(len(raw_M), bool) if present_M is None else np.asarray(present_M, bool)
     if present.sum() < 2:
         return None if previous is None else (float(previous[0]), np.array(previous[1], float))
+    # Before the absent ones are left out, so that an error names the right client.
+    check_variances(inter_var, np.where(present, raw_M, 0.0))
     new_u0, new_u = normalise(inter_var, raw_M[present])
     keep_0, keep_M = beta, beta if beta_intra is None else beta_intra
     old_u0, old_M = (math.nan, np.full(len(raw_M), math.nan))
@@ -450,32 +454,35 @@ def fixed_point_weights(
         num_examples_M: (M,), needed by ``fedavg`` only.
 
     Returns:
-        (M,), sums to 1. Verified against brute-force iteration on quadratics.
+        (M,), sums to 1. Verified against brute-force iteration on quadratics. Where the global
+        initial model is never left (inter_var = 0), the limit for a small inter_var.
 
     Raises:
-        VarianceError: a bad variance, or a rule that is not known with that initial model.
+        VarianceError: a bad variance, a rule that is not known with that initial model, or a
+            common tap from the leave-one-out mean where one client holds all the weight.
     """
     inter, intra_M = check_variances(inter_var, intra_var_M)
     q_M = precision_weights(inter, intra_M)
     if len(intra_M) == 1:
         return np.ones(1)
-    lambda_M, loo_M = shrinkage(inter, intra_M), shrinkage_loo(inter, intra_M)
+    loo_M, others_M = shrinkage_loo(inter, intra_M), _sum_of_others(q_M)
     if rule == "fedavg" and initial == "global":
         if num_examples_M is None:
             raise VarianceError("fixed_point_weights(rule='fedavg') needs num_examples_M")
         raw_M = np.asarray(num_examples_M, dtype=np.float64)
-    elif rule == "deshrunk" or (rule, initial) == ("common_tap", "global"):
-        raw_M = q_M
+    elif rule == "deshrunk" or (rule in ("common_tap", "uniform") and initial == "global"):
+        raw_M = q_M  # 1 - lambda_m is proportional to w_m
     elif rule == "precision":
-        loo = initial == "loo"
-        raw_M = q_M * (1 - loo_M) / (1 + lambda_M * q_M) if loo else q_M * (1 - lambda_M)
+        loo_factor_M = (1 - loo_M) / (1 + shrinkage(inter, intra_M) * q_M)
+        raw_M = q_M * (loo_factor_M if initial == "loo" else q_M)
     elif rule == "uniform":
-        others = len(intra_M) - 1
-        raw_M = (1 - loo_M) / (1 + loo_M / others) if initial == "loo" else 1 - lambda_M
-    elif (rule, initial) == ("common_tap", "loo"):
-        raw_M = q_M * (1 - q_M) / (1 - (1 - retained) * q_M)
+        raw_M = (1 - loo_M) / (1 + loo_M / (len(intra_M) - 1))
+    elif rule == "common_tap" and (others_M > 0).all():
+        raw_M = q_M * others_M / (others_M + retained * q_M)
     else:
-        raise VarianceError(f"no fixed point is known for rule {rule!r} with initial {initial!r}")
+        raise VarianceError(
+            f"no fixed point is known for rule {rule!r} with initial {initial!r} and weights {q_M}"
+        )
     return np.asarray(raw_M / raw_M.sum(), dtype=np.float64)
 
 

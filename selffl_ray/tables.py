@@ -7,6 +7,7 @@ so a reader never sees half a file. Column names are those of the contract.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -85,10 +86,11 @@ class RunTables:
     def add(self, record: RoundRecord) -> None:
         """Take in a finished round; writes when the last writing is some time ago."""
         row: dict[str, Any] = {"round_index": record.plan.round_index, "digest": record.digest}
-        row |= record.metrics
+        # What was not measured is absent, in a table null.
+        row |= {k: v for k, v in record.metrics.items() if not math.isnan(v)}
         for alias, metric in ALIASES.items():
-            if metric in record.metrics:
-                value = record.metrics[metric]
+            if metric in row:
+                value = row[metric]
                 row[alias] = int(value) if alias in COUNTS else value
         self._rounds.append(row)
         for split, scores in record.scores.items():
@@ -164,14 +166,17 @@ def _nullable(values: np.ndarray, has: np.ndarray) -> pa.Array:
 
 
 def final_metrics(rows: Sequence[Mapping[str, Any]], last: int) -> dict[str, float]:
-    """Metrics of the last evaluated round; scores and losses are means over the last so many."""
+    """Metrics of the last evaluated round; scores and losses are means over the last so many.
+
+    Infinite ones are left out: JSON cannot hold them.
+    """
     if not rows:
         return {}
     newest = {k: v for k, v in rows[-1].items() if "/" in k}
     for key in newest:
         if key.startswith(("test/", "val/", "new/")):
             newest[key] = float(np.mean([row[key] for row in rows[-last:] if key in row]))
-    return newest
+    return _finite(newest)
 
 
 def selected_round(
@@ -185,4 +190,8 @@ def selected_round(
     sign = 1 if higher_is_better else -1
     best = max(with_val, key=lambda row: (sign * row[key], -row["round_index"]))
     metrics = {k: v for k, v in best.items() if k.startswith(("test/", "val/", "new/"))}
-    return {"round_index": best["round_index"], "metrics": metrics}
+    return {"round_index": best["round_index"], "metrics": _finite(metrics)}
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {k: v for k, v in metrics.items() if math.isfinite(v)}

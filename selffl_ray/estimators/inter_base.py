@@ -81,25 +81,28 @@ def floored(intra_var_M: npt.ArrayLike) -> Floats:
 
 def estimate_with(estimator: InterEstimator, vectors_MP: Any, intra_var_M: Any) -> float:
     """The estimate for one block of vectors; 0 for fewer than two clients."""
-    block = block_from_rows(vectors_MP)
-    if block.num_clients != len(np.atleast_1d(intra_var_M)):
-        raise VarianceError(
-            f"{block.num_clients} vectors but {len(np.atleast_1d(intra_var_M))} variances"
-        )
-    if block.num_clients < 2:
+    count, num_variances = len(vectors_MP), len(np.atleast_1d(intra_var_M))
+    if count != num_variances:
+        raise VarianceError(f"{count} vectors but {num_variances} variances")
+    if count < 2:
         return 0.0
-    return estimator.solve(block, floored(intra_var_M))
+    return estimator.solve(block_from_rows(vectors_MP), floored(intra_var_M))
 
 
 def precision_spread(gram_MM: Floats, weight_M: Floats) -> tuple[float, Floats]:
     """sum_m weight |x_m - mu|^2 and every |x_m - mu|^2, mu the mean with those weights.
 
-    Distances come from the Gram matrix alone: |x_m - mu|^2 = G_mm - 2 (G q)_m + q'Gq.
+    Distances come from the Gram matrix alone, by way of those between pairs, D: |x_m - mu|^2 =
+    (D q)_m - q'Dq / 2. Where one client has nearly all the weight, its distance from mu is far
+    below the rounding error of G_mm - 2 (G q)_m + q'Gq.
     """
-    share_M = weight_M / weight_M.sum()
-    towards_M = gram_MM @ share_M
-    square_M = np.maximum(np.diagonal(gram_MM) - 2 * towards_M + share_M @ towards_M, 0.0)
-    return float(weight_M @ square_M), square_M
+    norm_M = np.diagonal(gram_MM)
+    between_MM = norm_M[:, None] + norm_M - 2 * gram_MM
+    total = weight_M.sum()
+    share_M = weight_M / total
+    towards_M = between_MM @ share_M
+    half = 0.5 * (share_M @ towards_M)
+    return float(total * half), np.maximum(towards_M - half, 0.0)
 
 
 def required_gram(block: Block) -> Floats:

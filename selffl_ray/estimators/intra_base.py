@@ -90,6 +90,7 @@ class IntraEstimator:
     watches: the iterates of the round are summed (``observed.tail``).
     on_params: the vectors are parameters (not gradients); they are then compared about the global
         model, so that large common parts do not cancel.
+    exact: the variances are true ones, not estimates.
     """
 
     estimate: Callable[[Any, Observed], Evidence]
@@ -97,11 +98,7 @@ class IntraEstimator:
     init_memory: Callable[[int, Tensor], Any] = no_memory
     watches: bool = False
     on_params: bool = False
-
-
-def mean_square(groups: Groups, rows_CP: Tensor) -> Tensor:
-    """Mean square a coordinate in each group: (C, P) -> (C, G) float64."""
-    return groups.mean_square(rows_CP)
+    exact: bool = False
 
 
 def deshrunk_uploads(observed: Observed, groups: Groups) -> tuple[Tensor, Tensor]:

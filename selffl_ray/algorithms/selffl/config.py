@@ -53,7 +53,7 @@ class SelfFLConfig:
     """Estimator of intra-client uncertainty, with its own options."""
     intra_pooling: Literal["pooled", "own"] = "pooled"
     """pooled: a client's variance is the mean of n_k var_k over the probe's participants, divided
-    by its own n; own: as estimated."""
+    by its own n; own: as estimated. Known variances are never pooled."""
     inter: Annotated[Component, inter_estimators] = Component("moments")
     """Estimator of inter-client uncertainty."""
     granularity: Granularity = "model"

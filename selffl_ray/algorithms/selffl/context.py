@@ -5,7 +5,7 @@ Shape letters: C clients of a stack, P parameters, G parameter groups, M clients
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -148,6 +148,9 @@ def build_context(config: SelfFLConfig, federation: Federation) -> Context:
         config.intra,
         IntraContext(groups, curvature, federation.num_outputs, _known_var(federation)),
     )
+    if intra.exact:
+        # Pooling borrows strength for noisy estimates; the truth needs none.
+        config = replace(config, intra_pooling="own")
     return Context(config, federation, groups, intra, inter)
 
 

@@ -71,10 +71,16 @@ def update_estimates(
     groups: Groups,
     *,
     known_inter_var: float | None,
+    exact_intra: bool,
     old: Estimates,
     probe: Probe,
 ) -> Estimates:
-    """Estimates after a probe, group by group; a group without two known clients keeps its own."""
+    """Estimates after a probe, group by group; a group without two known clients keeps its own.
+
+    Args:
+        known_inter_var: the true variance between clients, if it is to be used.
+        exact_intra: the probe's variances are true ones.
+    """
     new = Estimates(*(np.array(a) for a in old))
     new.raw_intra_MG[probe.client_index] = probe.var_KG
     edges = np.cumsum(groups.sizes_G)
@@ -88,6 +94,11 @@ def update_estimates(
             columns = group_columns(groups, g, edges)
             inter_var = _inter_var(inter, groups, probe, known=known, group=g, columns=columns)
         intra_K = pooled(config, probe, g, known)
+        new.raw_inter_G[g] = inter_var
+        if exact_intra and known_inter_var is not None:
+            # Both are the truth: a common scale and a memory could only blur it.
+            new.inter_G[g], new.intra_MG[probe.client_index, g] = inter_var, intra_K
+            continue
         previous = None if np.isnan(old.inter_G[g]) else (old.inter_G[g], old.intra_MG[:, g])
         full_M = np.zeros(len(old.intra_MG))
         full_M[probe.client_index] = intra_K
@@ -98,7 +109,6 @@ def update_estimates(
         )
         assert smoothed is not None, "two participants are known"
         new.inter_G[g], new.intra_MG[:, g] = smoothed
-        new.raw_inter_G[g] = inter_var
     return new
 
 

@@ -108,6 +108,7 @@ def _with_probe(context: Context, server: Server, reports: Reports, sums: Sums) 
         context.inter,
         context.groups,
         known_inter_var=context.known_inter_var,
+        exact_intra=context.intra.exact,
         old=old,
         probe=probe,
     )

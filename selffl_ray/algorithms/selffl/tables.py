@@ -36,7 +36,7 @@ def record(context: Context, server: Server, reports: Reports, shrink_NG: Floats
     seen_M = server.age_M.numpy() >= 0
     metrics = {
         "inter_var": _mean(server.raw_inter_G.numpy(), sizes_G),
-        "intra_var_mean": _mean(np.nanmean(_rows(server.raw_intra_MG.numpy()), axis=0), sizes_G),
+        "intra_var_mean": _mean(_rows(server.raw_intra_MG.numpy()).mean(axis=0), sizes_G),
         "shrinkage_mean": float(np.mean(scalar_M[seen_M])),
         "num_local_steps_mean": float(np.mean(steps_M[seen_M])),
     }

@@ -37,12 +37,14 @@ class GradientChunksConfig:
 
 
 def variance(chunk_grads_JP: Any, sizes_J: Any = None, curvature: float = 1.0) -> float:
-    """Variance a coordinate of the local optimum, from chunk gradients (J, P).
+    """Variance a coordinate of the local optimum, from chunk gradients (J, P); NaN for one chunk.
 
     Args:
         sizes_J: examples of each chunk; equal by default.
     """
     grads = np.asarray(chunk_grads_JP, dtype=np.float64)
+    if len(grads) < 2:
+        return float("nan")
     share_J = np.ones(len(grads)) if sizes_J is None else np.asarray(sizes_J, dtype=np.float64)
     share_J = share_J / share_J.sum()
     away = grads - share_J @ grads

@@ -36,4 +36,4 @@ def known(config: NoOptions, context: IntraContext) -> IntraEstimator:
         vector_CP = torch.stack(optima).to(observed.global_P)
         return Evidence(vector_CP, var_C.unsqueeze(1).expand(-1, context.groups.num_groups))
 
-    return IntraEstimator(estimate=estimate, on_params=True)
+    return IntraEstimator(estimate=estimate, on_params=True, exact=True)

@@ -41,7 +41,9 @@ def trajectory_rescaled(config: NoOptions, context: IntraContext) -> IntraEstima
     def estimate(memory: object, observed: Observed) -> Evidence:
         stack = observed.stack
         num_C = stack.train.num_C.double()
-        batch_C = torch.clamp(num_C, max=stack.training.batch_size)
+        whole = float(stack.training.batch_size)
+        drawn = stack.training.sampling == "replacement"
+        batch_C = torch.full_like(num_C, whole) if drawn else num_C.clamp(max=whole)
         factor_C = _factor(batch_C, observed.rate_C.double(), context.curvature, num_C)
         var_CG = trajectory.spread_over_tail(observed, context.groups)
         return Evidence(observed.upload_CP, var_CG * factor_C.unsqueeze(1))
