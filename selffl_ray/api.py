@@ -15,11 +15,20 @@ from typing import Any
 
 import pandas as pd
 
-from selffl_ray.config import ExperimentConfig, parse_component, to_raw
+from selffl_ray.checkpoint import check_checkpoint, latest_checkpoint
+from selffl_ray.config import (
+    ExperimentConfig,
+    flatten,
+    load_config,
+    parse_component,
+    resolve,
+    to_raw,
+)
 from selffl_ray.errors import ConfigError
 from selffl_ray.execution import run_in_thread, run_on_ray
 from selffl_ray.experiment import Prepared, prepare_experiment
 from selffl_ray.registry import Component, algorithms
+from selffl_ray.run_loop import run_digest, run_identity
 from selffl_ray.run_writer import Job
 from selffl_ray.runtime.cluster import cluster, this_machine
 from selffl_ray.runtime.placement import PlacementPlan, plan_placement
@@ -29,6 +38,8 @@ Watch = Callable[[Any], None]
 
 JOB_FOLDER = "runtime_resources/working_dir_files"
 """Part of the path of a folder that Ray unpacks a job's working directory to, and deletes."""
+SHOWN_KEYS = 4
+"""Most keys that a message names."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,7 @@ def run_experiment(
         UsageError: something about the request cannot work; no actor was started.
         RunError: the run failed.
     """
+    config = resolve(config)
     folder = Path(resume or output or new_folder(config)).absolute()
     job = make_job(config, folder, resume=resume is not None)
     return _launch([config], [job], watch, interrupt or Interrupt())[0]
@@ -126,12 +138,19 @@ def run_comparison(
         for seed in (seeds if seeds is not None else [config.seed])
         for method in methods
     ]
+    configs = [resolve(one) for one in configs]
     together = {"comparison": f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"}
     root = Path(output).absolute() if output is not None else None
     jobs = []
     for one in configs:
         folder = new_folder(one) if root is None else root / f"{one.method_label}-s{one.seed}"
         jobs.append(make_job(one, folder, tags=together))
+    if len({job.folder for job in jobs}) < len(jobs):
+        raise ConfigError(
+            f"two of these runs would be written to one folder in {root}: methods need different "
+            "names or presets, and a seed may occur once; without an output folder each run gets "
+            "a folder of its own"
+        )
     return _launch(configs, jobs, watch, interrupt or Interrupt())
 
 
@@ -152,13 +171,12 @@ def make_job(
     """A job for the driver actor.
 
     Raises:
-        ConfigError: a folder or store that would vanish with a Ray job's working directory.
+        ConfigError: a folder or store that would vanish with a Ray job's working directory, a
+            folder that holds a run or cannot be written to.
     """
     base = Path.cwd()
-    stores = [str(folder)]
-    if config.tracking.enabled:
-        stores.append(resolve_uri(config.tracking, base))
-    for place in stores:
+    store = resolve_uri(config.tracking, base) if config.tracking.enabled else None
+    for place in filter(None, (str(folder), store)):
         if JOB_FOLDER in place:
             raise ConfigError(
                 f"{place} lies in the folder that this Ray job was unpacked to and would vanish "
@@ -171,13 +189,36 @@ def make_job(
         )
     if resume and not (folder / "config.yaml").exists():
         raise ConfigError(f"--resume {folder}: there is no run in that folder")
-    return Job(to_raw(config), str(folder), str(base), tags or {}, resume)
+    at = next(p for p in (folder, *folder.parents) if p.exists())
+    if not at.is_dir() or not os.access(at, os.W_OK):
+        raise ConfigError(
+            f"--output {folder}: {at} is not a folder that can be written to; give another one"
+        )
+    return Job(to_raw(config), str(folder), str(base), store, tags or {}, resume)
+
+
+def _check_resumable(prepared: Prepared, folder: Path) -> None:
+    """Before anything in the folder is touched: is it a run of this configuration?"""
+    was = flatten(run_identity(load_config(folder / "config.yaml")))
+    now = flatten(run_identity(prepared.config))
+    if other := sorted(k for k in was.keys() | now.keys() if was.get(k) != now.get(k)):
+        more = ", ..." if len(other) > SHOWN_KEYS else ""
+        raise ConfigError(
+            f"--resume {folder}: not as in the run's own config.yaml: "
+            f"{', '.join(other[:SHOWN_KEYS])}{more}; leave that as it was, or start another run"
+        )
+    newest = latest_checkpoint(folder / "checkpoints")
+    if newest is not None:
+        check_checkpoint(newest, run_digest(prepared))
 
 
 def _launch(
     configs: Sequence[ExperimentConfig], jobs: Sequence[Job], watch: Watch, interrupt: Interrupt
 ) -> list[Result]:
     prepared = [prepare_experiment(config) for config in configs]
+    for one, job in zip(prepared, jobs, strict=True):
+        if job.resume:
+            _check_resumable(one, Path(job.folder))
     first, config = prepared[0], configs[0]
     label = f"{config.experiment}-{os.getpid()}-{secrets.token_hex(2)}"
     counts = {len(p.client_ids) for p in prepared}

@@ -173,12 +173,6 @@ def load_checkpoint(path: Path, run_digest: str, server_like: Any, state_like: A
         CheckpointError: another schema or run, a file that is missing, broken or does not fit.
     """
     head = check_checkpoint(path, run_digest)
-    for name, sha in head["files"].items():
-        if not (path / name).is_file() or _sha256(path / name) != sha:
-            raise CheckpointError(
-                f"{path / name} is missing or not what was written; delete the folder "
-                f"{path.name}, and the checkpoint before it is used"
-            )
     counters = Counters(head["round_index"], head["gradient_steps"], head["run_digest"])
     server = _fit(_load(path / "server.safetensors"), "", server_like, path)
     states = []
@@ -191,10 +185,10 @@ def load_checkpoint(path: Path, run_digest: str, server_like: Any, state_like: A
 
 
 def check_checkpoint(path: Path, run_digest: str) -> dict[str, Any]:
-    """The content of ``checkpoint.json``, if this release can read it and it is of that run.
+    """The content of ``checkpoint.json``, if it is of that run and its files are what was written.
 
     Raises:
-        CheckpointError: another schema or run, or a file that is broken.
+        CheckpointError: another schema or run, or a file that is missing or broken.
     """
     head = _read_head(path)
     if head["run_digest"] != run_digest:
@@ -202,6 +196,12 @@ def check_checkpoint(path: Path, run_digest: str) -> dict[str, Any]:
             f"{path} belongs to another run: method, data, partition or training differ from the "
             "configuration; resume with the run's own config.yaml"
         )
+    for name, sha in head["files"].items():
+        if not (path / name).is_file() or _sha256(path / name) != sha:
+            raise CheckpointError(
+                f"{path / name} is missing or not what was written; delete the folder {path}, and "
+                "the checkpoint before it is used"
+            )
     return head
 
 

@@ -10,11 +10,18 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 from selffl_ray.errors import SelfFLError, UsageError
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all our errors are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"selffl: {message}; see {self.prog} --help\n")
 
 
 def out(text: str = "") -> None:
@@ -44,8 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SelfFLError as error:
         if options.verbose:
             traceback.print_exc()
-        message = " ".join(str(error).split())
-        print(f"selffl: {message}", file=sys.stderr, flush=True)
+        _complain(str(error))
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return 130
@@ -53,6 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has closed it (selffl doctor | head); nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        # A full disk, or a mistake of ours: a line for everybody, the traceback for who asks.
+        if options.verbose:
+            traceback.print_exc()
+        _complain(f"{type(error).__name__}: {error} (--verbose shows where)")
+        return 1
+
+
+def _complain(text: str) -> None:
+    print(f"selffl: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
 class _Commands:
@@ -85,7 +101,7 @@ class _Commands:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="selffl",
         description="Personalized federated learning on Ray: run, compare, and look.",
         epilog="example: selffl compare --methods selffl,fedavg,local",

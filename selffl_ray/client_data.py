@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from selffl_ray.datasets.store import Store, prepare
 from selffl_ray.errors import DataError
 from selffl_ray.messages import DataSpec, Split
 from selffl_ray.registry import datasets
-from selffl_ray.training import Rows
+from selffl_ray.training import Rows, TrainingConfig
 
 
 class ClientData:
@@ -65,6 +65,25 @@ class ClientData:
             split: rows._replace(y=rows.y.to(dtype)) if rows.y.is_floating_point() else rows
             for split, rows in self._rows.items()
         }
+
+    def stacks(self, index: Iterable[int], training: TrainingConfig, size: int) -> list[list[int]]:
+        """Clients in stacks of at most ``size``: one batch length each, most steps first.
+
+        Rows that have finished then come last, and the rest of a stack is a slice.
+        """
+        num = self._rows["train"].num_C
+
+        def key(i: int) -> tuple[int, int, int]:
+            examples = int(num[self.place[i]])
+            return training.batch_length(examples), -training.steps(examples), i
+
+        stacks: list[list[int]] = []
+        for i in sorted(index, key=key):
+            full = not stacks or len(stacks[-1]) == size
+            if full or key(stacks[-1][0])[0] != key(i)[0]:
+                stacks.append([])
+            stacks[-1].append(i)
+        return stacks
 
     def _read(self, store: Store, wanted: Sequence[npt.NDArray[np.int64]]) -> Rows:
         num = torch.tensor([len(rows) for rows in wanted], dtype=torch.int64)

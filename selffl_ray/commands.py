@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selffl_ray.api import Interrupt, parse_method, placement_of, run_comparison, run_experiment
+from selffl_ray.api import (
+    Interrupt,
+    Result,
+    parse_method,
+    placement_of,
+    run_comparison,
+    run_experiment,
+)
 from selffl_ray.config import ExperimentConfig, load_config, to_yaml
 from selffl_ray.console import ProgressPrinter, comparison_table, text_table
 from selffl_ray.datasets.store import prepare, store_root
@@ -59,6 +67,16 @@ def stoppable(say: Say) -> Iterator[Interrupt]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def watching(say: Say) -> Iterator[ProgressPrinter]:
+    """Progress on the terminal; what follows, an error too, begins a line of its own."""
+    printer = ProgressPrinter(say.aside)
+    try:
+        yield printer
+    finally:
+        printer.end()
+
+
 def run(options: argparse.Namespace, say: Say) -> int:
     """``selffl run``."""
     path = options.config
@@ -69,11 +87,12 @@ def run(options: argparse.Namespace, say: Say) -> int:
                 "and --output"
             )
         path = Path(options.resume) / "config.yaml"
+        if not path.is_file():
+            raise ConfigError(f"--resume {options.resume}: there is no run in that folder")
     config = load_config(path, options.set)
     if options.dry_run:
         return _dry_run(config, say)
-    printer = ProgressPrinter(say.aside)
-    with stoppable(say) as interrupt:
+    with watching(say) as printer, stoppable(say) as interrupt:
         result = run_experiment(
             config,
             output=options.output,
@@ -81,14 +100,13 @@ def run(options: argparse.Namespace, say: Say) -> int:
             watch=printer,
             interrupt=interrupt,
         )
-    printer.end()
     if result.summary["status"] == "STOPPED":
         say.out(f"stopped after {result.summary['rounds']} rounds; go on with")
-        say.out(f"  selffl run --resume {result.folder}")
+        say.out(f"  selffl run --resume {shlex.quote(str(result.folder))}")
         return STOPPED
     say.out(comparison_table([result.summary]))
     say.out(f"folder: {result.folder}")
-    _where_to_look(config, say)
+    _where_to_look(config, result, say)
     return 0
 
 
@@ -109,18 +127,29 @@ def _dry_run(config: ExperimentConfig, say: Say) -> int:
 def compare(options: argparse.Namespace, say: Say) -> int:
     """``selffl compare``."""
     config = load_config(options.config, options.set)
-    methods = [parse_method(text, config) for text in options.methods.split(",")]
-    seeds = _seeds(options.seeds) if options.seeds else None
-    printer = ProgressPrinter(say.aside)
-    with stoppable(say) as interrupt:
+    methods = _methods(options.methods, config)
+    seeds = [config.seed] if options.seeds is None else _seeds(options.seeds)
+    with watching(say) as printer, stoppable(say) as interrupt:
         results = run_comparison(
             config, methods, seeds=seeds, output=options.output, watch=printer, interrupt=interrupt
         )
-    printer.end()
     say.out(comparison_table([r.summary for r in results]))
     say.out(f"folders: {results[0].folder.parent}")
-    _where_to_look(config, say)
-    return STOPPED if results[-1].summary["status"] == "STOPPED" else 0
+    _where_to_look(config, results[0], say)
+    last, wanted = results[-1], len(methods) * len(seeds)
+    if last.summary["status"] != "STOPPED" and len(results) == wanted:
+        return 0
+    say.out(f"stopped in run {len(results)} of {wanted}")
+    if last.summary["status"] == "STOPPED":
+        say.out(f"  selffl run --resume {shlex.quote(str(last.folder))}   goes on with that one")
+    return STOPPED
+
+
+def _methods(text: str, config: ExperimentConfig) -> list[Component]:
+    names = [part.strip() for part in text.split(",")]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"--methods names a method twice: {text!r}")
+    return [parse_method(name, config) for name in names]
 
 
 def _seeds(text: str) -> list[int]:
@@ -133,11 +162,11 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
-def _where_to_look(config: ExperimentConfig, say: Say) -> None:
+def _where_to_look(config: ExperimentConfig, result: Result, say: Say) -> None:
     if config.tracking.enabled:
         say.out(
-            f"curves:  selffl ui   (MLflow, experiment {config.experiment!r}: "
-            "test/global_accuracy and test/local_accuracy)"
+            f"curves:  selffl ui {shlex.quote(str(result.folder))}   (MLflow, experiment "
+            f"{config.experiment!r}: test/global_accuracy and test/local_accuracy)"
         )
 
 
@@ -181,6 +210,7 @@ def data_prepare(options: argparse.Namespace, say: Say) -> int:
     config = _data_config(options)
     chosen = config.data.component
     dataset = datasets.make(chosen)
+    dataset.find(config.data.source)
     say.aside(f"preparing {dataset.name} ({dataset.title}) ...\n")
     store = prepare(
         dataset, datasets.options(chosen), config.data.source, config.seed, store_root()
@@ -195,9 +225,8 @@ def data_prepare(options: argparse.Namespace, say: Say) -> int:
 
 def verify(options: argparse.Namespace, say: Say) -> int:
     """``selffl verify``."""
-    printer = ProgressPrinter(say.aside)
-    verdict = verify_run(Path(options.run), printer)
-    printer.end()
+    with watching(say) as printer:
+        verdict = verify_run(Path(options.run), printer)
     where = f"repeated in {verdict.placement}"
     if verdict.first_difference is None:
         say.out(f"equal: all {verdict.num_rounds} rounds have the same digest, {where}")
@@ -212,8 +241,16 @@ def ui(options: argparse.Namespace, say: Say) -> int:
     target = options.store
     if target and Path(target, "tracking.json").is_file():
         target = json.loads(Path(target, "tracking.json").read_text())["uri"]
+        if "***" in target:
+            say.out(f"the store is a server: open {target}")
+            return 0
     elif target and Path(target).is_file():
         target = f"sqlite:///{Path(target).absolute()}"
+    elif target and "://" not in target:
+        raise ConfigError(
+            f"{target} is neither a tracked run's folder (with tracking.json) nor a .db file; name "
+            "one, or a server's address"
+        )
     uri = resolve_uri(TrackingConfig(uri=target), Path.cwd())
     if not uri.startswith("sqlite:///"):
         say.out(f"the store is a server: open {without_password(uri)}")

@@ -15,7 +15,7 @@ import functools
 import json
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -25,7 +25,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from selffl_ray.checkpoint import CheckpointConfig
 from selffl_ray.datasets.base import Dataset
-from selffl_ray.errors import ConfigError, SelfFLError
+from selffl_ray.errors import ConfigError
 from selffl_ray.evaluation import EvaluationConfig
 from selffl_ray.faults import FaultsConfig
 from selffl_ray.models.build import ModelConfig
@@ -202,7 +202,7 @@ def parse_config(raw: Raw, folder: Path) -> ExperimentConfig:
     # Which data set it is decides the defaults of the rest, of its partition too.
     own = {f.name for f in dataclasses.fields(DataConfig)}
     options = {k: v for k, v in _mapping(raw.get("data"), "data").items() if k not in own}
-    chosen = _parse_component(datasets, options, "data", DataConfig().component)
+    chosen = _parse_component(datasets, options, "data", DataConfig().component, own)
     dataset: Dataset = datasets.make(chosen)
     config = _parse(ExperimentConfig, _under(raw, dataset.defaults), "")
     usual = dataset.defaults.get("evaluation", {}).get("splits", USUAL_SPLITS)
@@ -230,15 +230,7 @@ def _load_plugins(names: Any, folder: Path) -> None:
     for name in names:
         if not all(part.isidentifier() for part in name.split(".")):
             raise ConfigError(f"plugins must be module names as in my_module, got {_shown(name)}")
-        try:
-            load_plugins([name], str(folder))
-        except SelfFLError:
-            raise
-        except Exception as error:
-            # Somebody else's code, which may raise anything.
-            raise ConfigError(
-                f"plugins: {name} cannot be imported: {type(error).__name__}: {error}"
-            ) from error
+    load_plugins(names, str(folder))
 
 
 def _absolute(part: Value, name: str, folder: Path) -> Value:
@@ -284,8 +276,8 @@ def _mapping(raw: Any, path: str) -> Raw:
     return raw
 
 
-def _parse(kind: type[Value], raw: Any, path: str) -> Value:
-    """A frozen dataclass from a mapping, recursively."""
+def _parse(kind: type[Value], raw: Any, path: str, beside: Collection[str] = ()) -> Value:
+    """A frozen dataclass from a mapping, recursively; ``beside`` are keys read elsewhere."""
     raw = dict(_mapping(raw, path))
     hints = get_type_hints(kind, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -293,14 +285,19 @@ def _parse(kind: type[Value], raw: Any, path: str) -> Value:
     if "component" in fields:
         own = {k: raw.pop(k) for k in list(raw) if k in fields}
         given["component"] = _parse_component(
-            registry_of(hints["component"]), raw, path, _default(fields["component"])
+            registry_of(hints["component"]), raw, path, _default(fields["component"]), fields
         )
         raw = own
+    for name, spec in fields.items():
+        # Parts that are not given are written out too: a resolved configuration has no gaps.
+        if name not in raw and name != "component" and _is_part(hints[name]):
+            given[name] = _parse_value(hints[name], None, f"{path}.{name}".strip("."), spec)
     for key, value in raw.items():
         where = f"{path}.{key}" if path else key
-        if key not in fields or key == "component":
+        known = {*fields, *beside} - {"component"}
+        if key not in known:
             raise ConfigError(
-                f"{where}: unknown key{nearest(key, fields)}; known: {', '.join(sorted(fields))}"
+                f"{where}: unknown key{nearest(key, known)}; known: {', '.join(sorted(known))}"
             )
         given[key] = _parse_value(hints[key], value, where, fields[key])
     return _make(kind, given, path, [n for n, f in fields.items() if n not in given and _needed(f)])
@@ -335,6 +332,10 @@ def _is_component(hint: Any) -> bool:
     return get_origin(hint) is Annotated and get_args(hint)[0] is Component
 
 
+def _is_part(hint: Any) -> bool:
+    return _is_component(hint) or dataclasses.is_dataclass(hint)
+
+
 def _parse_value(hint: Any, value: Any, where: str, spec: dataclasses.Field[Any]) -> Any:
     if _is_component(hint):
         return _parse_component(registry_of(hint), _mapping(value, where), where, _default(spec))
@@ -357,8 +358,8 @@ def check_type(hint: Any, value: Any, where: str) -> Any:
         # JSON knows lists but no tuples, so strict mode takes a YAML list for a tuple.
         return _adapter(hint).validate_json(json.dumps(value))
     except ValidationError as error:
-        wanted = " or ".join(dict.fromkeys(e["msg"].lower() for e in error.errors()))
-        wanted = wanted.replace("input should be ", "")
+        found = ("longer" if e["type"] == "missing" else e["msg"] for e in error.errors())
+        wanted = " or ".join(dict.fromkeys(found)).lower().replace("input should be ", "")
         raise ConfigError(f"{where} must be {wanted}, got {_shown(value)}") from error
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: {_shown(value)} is not a plain value; quote it") from error
@@ -369,7 +370,9 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
     return TypeAdapter(hint, config=ConfigDict(strict=True))
 
 
-def _parse_component(registry: Registry, raw: Raw, path: str, default: Component) -> Component:
+def _parse_component(
+    registry: Registry, raw: Raw, path: str, default: Component, beside: Collection[str] = ()
+) -> Component:
     raw = dict(raw)
     name = raw.pop("name", default.name)
     if not isinstance(name, str):
@@ -384,7 +387,7 @@ def _parse_component(registry: Registry, raw: Raw, path: str, default: Component
                 f"{name} has {', '.join(entry.presets)}"
             )
         raw = _under(raw, entry.presets[preset])
-    return Component(name, _parse(entry.config_type, raw, path))
+    return Component(name, _parse(entry.config_type, raw, path, {"name", *beside}))
 
 
 def parse_component(registry: Registry, raw: Raw, path: str) -> Component:

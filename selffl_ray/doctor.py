@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import resource
-import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -122,8 +121,3 @@ def _mlflow() -> Finding:
         shown = f"{type(error).__name__}: {without_password(str(error))}"[:200]
         return Finding("MLflow", f"{without_password(uri)} does not answer ({shown})", "start it")
     return Finding("MLflow", f"{without_password(uri)} answers")
-
-
-def main_version() -> str:
-    """Version line of the command."""
-    return f"selffl {package_version()} (Python {sys.version.split()[0]})"

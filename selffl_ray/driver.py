@@ -26,7 +26,7 @@ from selffl_ray.algorithms.base import (
 )
 from selffl_ray.errors import RunError
 from selffl_ray.evaluation import ClientScores, split_metrics
-from selffl_ray.faults import Abort, FaultsConfig, Retry, decide
+from selffl_ray.faults import Abort, FaultsConfig, Retry, decide, named
 from selffl_ray.flat import digest
 from selffl_ray.messages import Commit, Split
 from selffl_ray.participation import RoundPlan
@@ -36,6 +36,9 @@ from selffl_ray.tasks import Task
 logger = logging.getLogger(__name__)
 
 Indices = npt.NDArray[np.int64]
+
+SHOWN = 3
+"""Most failures of a round that are told one by one."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +129,17 @@ def _ask_cohort(run: Run, plan: RoundPlan, message: tuple[Any, Any]) -> RoundAns
         failures = list(answers.failing.values())
         missing = len(plan.cohort) - len(answers.accepted)
         assert missing == len(failures), "everybody who is asked answers or fails"
-        decision = decide(run.faults, len(plan.cohort), failures, attempt)
+        ids = run.federation.client_ids
+        decision = decide(run.faults, len(plan.cohort), failures, attempt, ids)
         if isinstance(decision, Abort):
             raise RunError(f"round {plan.round_index}: {decision.reason}")
+        if failures:
+            again = isinstance(decision, Retry)
+            what = "asking again" if again else f"going on without {missing} of {len(plan.cohort)}"
+            why = "; ".join(named(f, ids) for f in failures[:SHOWN])
+            logger.warning("round %d: %s (%s)", plan.round_index, what, why)
         if not isinstance(decision, Retry):
             return answers
-        logger.warning(
-            "round %d: asking %d clients again", plan.round_index, len(decision.client_index)
-        )
         index = np.asarray(decision.client_index, np.int64)
         attempt += 1
 

@@ -78,16 +78,19 @@ def processor() -> str:
 
 
 def _git_commit() -> str | None:
-    """Commit of the folder that the package lies in, if it is a checkout."""
+    """Commit of the package's own checkout, if it lies in one."""
+    here = Path(__file__)
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        # An installed copy may lie below somebody else's repository, which does not track it.
+        _git("ls-files", "--error-unmatch", here.name, folder=here.parent)
+        return _git("rev-parse", "HEAD", folder=here.parent)
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _git(*arguments: str, folder: Path) -> str:
+    command = ["git", *arguments]
+    done = subprocess.run(  # noqa: S603 - fixed arguments
+        command, cwd=folder, capture_output=True, text=True, timeout=10, check=True
+    )
     return done.stdout.strip()

@@ -23,8 +23,10 @@ def estimate_run(prepared: Prepared, plan: PlacementPlan) -> list[str]:
     traffic = [prepared.algorithm.traffic(p) for p in prepared.plans]
     width = torch.empty(0, dtype=federation.spec.dtype).element_size()
     sent = sum((t.down + t.up) * width * len(c) for t, c in zip(traffic, cohorts, strict=True))
-    workers = min(len(plan.actors), torch.get_num_threads())
-    seconds = steps * _step_seconds(prepared) / max(1, workers)
+    # Each actor computes with one thread, and all of them together on the cores that they share.
+    cores = max(1, round(sum(a.cpus for a in plan.actors)))
+    workers = min(len(plan.actors), cores)
+    seconds = steps * _step_seconds(prepared) / workers
     rows = sum(len(c.train) + len(c.val) + len(c.test) for c in prepared.clients)
     data = rows * int(np.prod(prepared.dataset.shape.input_shape)) * 4
     return [

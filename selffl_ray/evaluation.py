@@ -150,6 +150,36 @@ class ClientScores(NamedTuple):
     local_loss: Floats
 
 
+def score_clients(
+    engine: RowEngine,
+    client_index: Sequence[int],
+    rows: Rows,
+    *,
+    personal_CP: Tensor | None,
+    global_1P: Tensor | None,
+    stack_size: int,
+) -> ClientScores:
+    """Scores of a stack of clients on one split.
+
+    Args:
+        rows: the split's examples of these clients, in their order.
+        personal_CP: what each predicts with; None is the global model.
+        global_1P: (1, P), or None where a method has no global model.
+    """
+    nothing = torch.full((len(client_index),), torch.nan, dtype=torch.float64)
+    judged, judged_own, loss = nothing, nothing, nothing
+    if global_1P is not None:
+        judged, loss = score_rows(engine, global_1P, rows, "global", stack_size)
+        judged_own = judged
+        if engine.task.roles_differ:
+            judged_own, _ = score_rows(engine, global_1P, rows, "local", stack_size)
+    local, local_loss = judged_own, loss
+    if personal_CP is not None:
+        local, local_loss = score_rows(engine, personal_CP, rows, "local", stack_size)
+    columns = (rows.num_C, judged, judged_own, loss, local, local_loss)
+    return ClientScores(np.asarray(client_index, np.int64), *(c.numpy() for c in columns))
+
+
 def join_scores(parts: Sequence[ClientScores]) -> ClientScores:
     """All rows of several hosts or stacks, ascending by client index."""
     order = np.argsort(np.concatenate([p.client_index for p in parts]), kind="stable")
@@ -175,13 +205,15 @@ def split_metrics(scores: ClientScores, split: str, task: Task) -> dict[str, flo
     local_M = scores.local_score[has] / num
     metrics |= {f"local_{name}{k}": v for k, v in _spread(local_M, task.higher_is_better).items()}
     global_M = scores.global_score_on_clients[has] / num
-    if not np.isnan(global_M).any():
+    if not np.isnan(global_M + local_M).any():
         worse_M = local_M < global_M if task.higher_is_better else local_M > global_M
         metrics["clients_harmed_vs_global"] = worse_M.mean()
     return {f"{split}/{k}": float(v) for k, v in metrics.items() if not math.isnan(v)}
 
 
 def _spread(values_M: Floats, higher_is_better: bool) -> dict[str, float]:
+    if np.isnan(values_M).any():  # sorting would put the worst client of all beyond the best
+        return {}
     tenth = math.ceil(0.1 * len(values_M))
     ordered = np.sort(values_M if higher_is_better else -values_M) * (1 if higher_is_better else -1)
     return {

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from selffl_ray.checkpoint import latest_checkpoint
-from selffl_ray.errors import RunError
+from selffl_ray.errors import RunError, SelfFLError, UsageError
 from selffl_ray.experiment import Prepared, prepare_experiment
-from selffl_ray.pool import ClientPool, LocalTransport
+from selffl_ray.pool import ClientPool, LocalTransport, StateLostError
 from selffl_ray.run_loop import Message, RunLoop
 from selffl_ray.run_writer import Job, RunWriter
 from selffl_ray.runtime.actors import Control
@@ -37,7 +37,7 @@ def run_jobs(
                     pool, where = _open_pool(prepared, plan, label, job.plugin_folder)
                 data = (prepared.store.manifest.digest, prepared.partition.digest)
                 if data != loaded:
-                    pool.load(prepared.data_spec, prepared.clients)
+                    _load(pool, prepared)
                     loaded = data
                 writer = RunWriter(job, prepared)
                 writer.write_environment(plan, where)
@@ -50,21 +50,28 @@ def run_jobs(
     return summaries
 
 
+def _load(pool: ClientPool, prepared: Prepared) -> None:
+    try:
+        pool.load(prepared.data_spec, prepared.clients)
+    except StateLostError as error:
+        causes = "; ".join(f"host {item.host}: {item.cause}" for item in error.lost)
+        raise RunError(f"hosts were lost while they read their clients' data ({causes})") from error
+
+
 def _run_one(
     prepared: Prepared, pool: ClientPool, writer: RunWriter, control: Control
 ) -> dict[str, Any]:
     try:
         status = RunLoop(prepared, pool, writer, control).go()
     except BaseException as error:
-        writer.finish("FAILED", str(error))
+        writer.finish("FAILED", str(error) or type(error).__name__)
+        if isinstance(error, UsageError) or not isinstance(error, Exception):
+            raise
         newest = latest_checkpoint(writer.folder / "checkpoints")
-        if isinstance(error, RunError) and newest is not None:
-            raise RunError(f"{error}; the last checkpoint is {newest}") from error
-        raise
-    summary = writer.finish(status)
-    if summary["tracking_problem"]:
-        control.emit(Message(summary["tracking_problem"]))
-    return summary
+        cause = str(error) if isinstance(error, SelfFLError) else f"{type(error).__name__}: {error}"
+        where = "there is no checkpoint" if newest is None else f"the last checkpoint is {newest}"
+        raise RunError(f"{cause}; {where}") from error
+    return writer.finish(status)
 
 
 def _open_pool(
@@ -124,14 +131,19 @@ def run_in_thread(
         except BaseException as error:
             outcome.append(error)
 
-    thread = threading.Thread(target=work, name="rounds")
+    # A daemon: a second Ctrl-C must not wait for the round to end.
+    thread = threading.Thread(target=work, name="rounds", daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(0.1)
-        if interrupted():
-            control.stop()
-        for event in control.take():
-            watch(event)
+    try:
+        while thread.is_alive():
+            thread.join(0.1)
+            if interrupted():
+                control.stop()
+            for event in control.take():
+                watch(event)
+    except BaseException:
+        control.stop()
+        raise
     for event in control.take():
         watch(event)
     if isinstance(outcome[0], BaseException):

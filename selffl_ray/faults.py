@@ -55,7 +55,11 @@ Decision = Proceed | Retry | Abort
 
 
 def decide(
-    config: FaultsConfig, asked: int, failures: Sequence[ClientFailure], attempt: int
+    config: FaultsConfig,
+    asked: int,
+    failures: Sequence[ClientFailure],
+    attempt: int,
+    client_ids: Sequence[str] = (),
 ) -> Decision:
     """What follows from an attempt at a round.
 
@@ -63,7 +67,7 @@ def decide(
     round proceeds if enough of the cohort answered, and the run is aborted otherwise.
 
     Args:
-        asked: clients of the cohort; attempt: from 0.
+        asked: clients of the cohort; attempt: from 0; client_ids: names by index, for people.
     """
     again = tuple(f.client_index for f in failures if f.retry)
     if again and attempt < config.max_retries:
@@ -73,8 +77,14 @@ def decide(
     answered = asked - len(failures)
     if answered >= needed:
         return Proceed()
-    first = failures[0]
     return Abort(
         f"only {answered} of {asked} clients answered (faults.min_participants asks for {needed}); "
-        f"first failure: client index {first.client_index}, {first.stage}: {first.cause}"
+        f"first failure: {named(failures[0], client_ids)}"
     )
+
+
+def named(failure: ClientFailure, client_ids: Sequence[str]) -> str:
+    """A failure in words: which client, where and why."""
+    index = failure.client_index
+    who = f"client {client_ids[index]!r}" if client_ids else f"client index {index}"
+    return f"{who}, {failure.stage}: {failure.cause}"

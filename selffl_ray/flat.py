@@ -128,7 +128,7 @@ class Groups:
         np.add.at(sizes, np.asarray(self.owners), np.asarray(self.piece_sizes))
         return sizes
 
-    @property
+    @cached_property
     def _single(self) -> bool:
         return len(self.piece_sizes) == self.num_groups == sum(self.piece_sizes)
 

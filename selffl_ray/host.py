@@ -23,10 +23,19 @@ import torch
 from torch import Tensor
 
 from selffl_ray import trees
-from selffl_ray.algorithms.base import Algorithm, Gather, Local, Mean, Total, use_global_params
+from selffl_ray.algorithms.base import (
+    Algorithm,
+    Gather,
+    Local,
+    Mean,
+    Personal,
+    Total,
+    use_global_params,
+)
 from selffl_ray.client_data import ClientData
 from selffl_ray.datasets.splits import ClientRows
-from selffl_ray.evaluation import ClientScores, join_scores, score_rows
+from selffl_ray.errors import ClientError
+from selffl_ray.evaluation import ClientScores, join_scores, score_clients
 from selffl_ray.flat import exact_sum, representable
 from selffl_ray.gradients import RowEngine
 from selffl_ray.messages import (
@@ -181,7 +190,18 @@ class ClientHost:
             personal_CP, cost = self._personal(members, shared, rows, stack)
             gradients += cost
             for split in request.splits:
-                found[split].append(self._score(members, split, personal_CP, global_1P))
+                name = "test" if split == "new" else split
+                own = self._rows[name].select(self._data.places(members))
+                found[split].append(
+                    score_clients(
+                        self._engine,
+                        members,
+                        own,
+                        personal_CP=personal_CP,
+                        global_1P=global_1P,
+                        stack_size=self._spec.stack_size,
+                    )
+                )
         scores = {split: join_scores(parts) for split, parts in found.items()}
         return EvalAnswer(scores, gradients, time.perf_counter() - began)
 
@@ -244,24 +264,7 @@ class ClientHost:
                 self._changed.add(index)
 
     def _stacks(self, index: Iterable[int]) -> list[list[int]]:
-        """Clients in stacks: one batch length each, of similar numbers of steps, most first.
-
-        Rows that have finished then come last, and the rest of a stack is a slice.
-        """
-        training, num = self._spec.training, self._rows["train"].num_C
-
-        def key(i: int) -> tuple[int, int, int]:
-            examples = int(num[self._data.place[i]])
-            return training.batch_length(examples), -training.steps(examples), i
-
-        ordered = sorted(index, key=key)
-        stacks: list[list[int]] = []
-        for i in ordered:
-            full = not stacks or len(stacks[-1]) == self._spec.stack_size
-            if full or key(stacks[-1][0])[0] != key(i)[0]:
-                stacks.append([])
-            stacks[-1].append(i)
-        return stacks
+        return self._data.stacks(index, self._spec.training, self._spec.stack_size)
 
     def _stack(self, members: Sequence[int], plan: RoundPlan) -> Stack:
         train = self._rows["train"].select(self._data.places(members))
@@ -331,6 +334,35 @@ class ClientHost:
         """Personalized models (None: the global one), and the gradients that they cost."""
         if self._algorithm.personalize is use_global_params:
             return None, 0
+        personal = self._read_out(members, shared, per_client, stack)
+        return personal.params_CP, int(personal.gradients_C.sum())
+
+    def _read_out(
+        self, members: Sequence[int], shared: Any, per_client: Any, stack: Stack
+    ) -> Personal:
+        """Personalized models.
+
+        Raises:
+            ClientError: naming the client that failed, alone as in its stack.
+        """
+        try:
+            return self._adapt_and_read(members, shared, per_client, stack)
+        except Exception as error:
+            if len(members) == 1:
+                name, now = stack.client_ids[0], stack.round_index
+                raise ClientError(repr(error), name, now, "personalize") from error
+        plan = RoundPlan(stack.round_index, np.empty(0, np.int64), stack.learning_rate)
+        parts = []
+        for row, i in enumerate(members):
+            own = trees.take_rows(per_client, slice(row, row + 1))
+            parts.append(self._read_out([i], shared, own, self._stack([i], plan)))
+        personal: Personal = trees.concatenate(parts)
+        return personal
+
+    def _adapt_and_read(
+        self, members: Sequence[int], shared: Any, per_client: Any, stack: Stack
+    ) -> Personal:
+        """Personalized models; clients that never took part adapt first."""
         state = self._state_rows(members)
         unseen = [row for row, i in enumerate(members) if i not in self._states]
         if unseen:
@@ -347,37 +379,7 @@ class ClientHost:
                 state,
                 adapted,
             )
-        personal = self._algorithm.personalize(shared, per_client, state, stack)
-        return personal.params_CP, int(personal.gradients_C.sum())
-
-    def _score(
-        self,
-        members: Sequence[int],
-        split: Split,
-        personal_CP: Tensor | None,
-        global_1P: Tensor | None,
-    ) -> ClientScores:
-        rows = self._rows["test" if split == "new" else split].select(self._data.places(members))
-        nothing = torch.full((len(members),), torch.nan, dtype=torch.float64)
-        judged, judged_own, loss = nothing, nothing, nothing
-        size = self._spec.stack_size
-        if global_1P is not None:
-            judged, loss = score_rows(self._engine, global_1P, rows, "global", size)
-            judged_own = judged
-            if self._data.dataset.task.roles_differ:
-                judged_own, _ = score_rows(self._engine, global_1P, rows, "local", size)
-        local, local_loss = judged_own, loss
-        if personal_CP is not None:
-            local, local_loss = score_rows(self._engine, personal_CP, rows, "local", size)
-        return ClientScores(
-            np.asarray(members, np.int64),
-            rows.num_C.numpy(),
-            judged.numpy(),
-            judged_own.numpy(),
-            loss.numpy(),
-            local.numpy(),
-            local_loss.numpy(),
-        )
+        return self._algorithm.personalize(shared, per_client, state, stack)
 
 
 def resident_bytes() -> int:

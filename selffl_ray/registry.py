@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from selffl_ray.errors import ConfigError
+from selffl_ray.errors import ConfigError, SelfFLError
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
@@ -71,10 +71,11 @@ class Registry:
 
         def decorate(factory: Factory) -> Factory:
             known = self._entries.get(name)
-            if known is not None and known.factory.__module__ != factory.__module__:
+            # A module that is imported again may bring its own entry again.
+            if known is not None and _place(known.factory) != _place(factory):
                 raise ConfigError(
-                    f"{self.kind} {name!r} is registered by both {known.factory.__module__} and "
-                    f"{factory.__module__}; rename one"
+                    f"{self.kind} {name!r} is registered by both {_place(known.factory)} and "
+                    f"{_place(factory)}; rename one"
                 )
             self._entries[name] = Entry(name, factory, config_type, presets or {})
             return factory
@@ -121,6 +122,10 @@ class Registry:
             importlib.import_module(f"{self._package}.{module.name}")
 
 
+def _place(factory: Callable[..., Any]) -> str:
+    return f"{factory.__module__}.{factory.__qualname__}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"``, or nothing if no known name is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
@@ -162,4 +167,10 @@ def load_plugins(modules: Iterable[str], folder: str) -> None:
             raise ConfigError(
                 f"plugins: cannot import {name!r}: no module {missing}; give the name of a module "
                 "that is installed or lies in the folder that the command is run in"
+            ) from error
+        except SelfFLError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"plugins: {name!r} failed while it was imported: {type(error).__name__}: {error}"
             ) from error

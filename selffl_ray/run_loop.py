@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -15,13 +15,13 @@ import torch
 
 from selffl_ray.algorithms.base import NotAvailable
 from selffl_ray.checkpoint import Counters, latest_checkpoint, load_checkpoint, save_checkpoint
-from selffl_ray.config import to_raw
+from selffl_ray.config import ExperimentConfig, to_raw
 from selffl_ray.driver import RoundRecord, Run, run_rounds
 from selffl_ray.errors import RunError
 from selffl_ray.experiment import Prepared, write_params
 from selffl_ray.flat import digest
 from selffl_ray.participation import RoundPlan
-from selffl_ray.pool import ClientPool, StateLostError
+from selffl_ray.pool import ClientPool, HostLost, StateLostError
 from selffl_ray.run_writer import RunWriter
 from selffl_ray.runtime.actors import Control
 
@@ -45,12 +45,17 @@ class Message(NamedTuple):
     text: str
 
 
-def run_digest(prepared: Prepared) -> str:
-    """Names what a checkpoint belongs to: everything that results depend on, not the placement."""
-    raw = to_raw(prepared.config)
+def run_identity(config: ExperimentConfig) -> dict[str, Any]:
+    """The parts of a configuration that results depend on, as plain values; not the placement."""
+    raw = to_raw(config)
     parts = {k: raw[k] for k in ("seed", "data", "model", "method", "training")}
     parts["data"] = {k: v for k, v in parts["data"].items() if k != "source"}
-    text = json.dumps(parts, sort_keys=True)
+    return parts
+
+
+def run_digest(prepared: Prepared) -> str:
+    """Names what a checkpoint belongs to: everything that results depend on, not the placement."""
+    text = json.dumps(run_identity(prepared.config), sort_keys=True)
     return digest([], [text, prepared.store.manifest.digest, prepared.partition.digest])
 
 
@@ -76,7 +81,8 @@ class RunLoop:
         self._digest = run_digest(prepared)
         self._checkpoints = writer.folder / "checkpoints"
         self._all_states_next = True
-        self._lost_clients = 0
+        self._lost_clients: dict[int, int] = {}
+        self._reached = -1
         self._run = Run(
             prepared.algorithm,
             prepared.federation,
@@ -93,31 +99,32 @@ class RunLoop:
         Raises:
             RunError: hosts were lost too often, or too few clients answered.
         """
-        self._pool.begin(self._prepared.run_spec, self._prepared.algorithm)
-        place, losses, furthest = self._restore(), 0, -1
+        lost: tuple[HostLost, ...] = ()
+        losses, furthest = 0, -1
         while True:
             try:
+                if lost:
+                    self._pool.revive(lost)
+                else:
+                    self._pool.begin(self._prepared.run_spec, self._prepared.algorithm)
+                place, lost = self._restore(), ()
                 return self._rounds(place)
             except StateLostError as error:
-                newest = self._writer.tables.last_round()
-                reached = -1 if newest is None else int(newest["round_index"])
-                losses = 1 if reached > furthest else losses + 1
-                furthest = max(furthest, reached)
-                place = self._get_up(error, losses)
+                # Another host may be lost while the first ones are replaced.
+                lost = (*lost, *error.lost)
+                losses = 1 if self._reached > furthest else losses + 1
+                furthest = self._reached
+                self._note_loss(error, losses)
 
-    def _get_up(self, error: StateLostError, losses: int) -> _Place:
+    def _note_loss(self, error: StateLostError, losses: int) -> None:
         causes = "; ".join(f"host {item.host}: {item.cause}" for item in error.lost)
         if losses > self._prepared.config.faults.max_retries:
-            raise RunError(
-                f"hosts were lost {losses} times without progress ({causes}); "
-                f"the last checkpoint is {latest_checkpoint(self._checkpoints)}"
-            ) from error
+            raise RunError(f"hosts were lost {losses} times without progress ({causes})") from error
         hosts = {item.host for item in error.lost}
-        self._lost_clients += int(np.isin(self._pool.homes, list(hosts)).sum())
-        logger.warning("lost %s; replacing and replaying", causes)
-        self._control.emit(Message(f"lost {causes}; replacing it and replaying its rounds"))
-        self._pool.revive(error.lost)
-        return self._restore()
+        at = min(self._reached + 1, len(self._prepared.plans) - 1)
+        here = int(np.isin(self._pool.homes, list(hosts)).sum())
+        self._lost_clients[at] = self._lost_clients.get(at, 0) + here
+        logger.warning("lost %s; replacing it and replaying its rounds", causes)
 
     def _restore(self) -> _Place:
         """The newest checkpoint's state in server and hosts, or the start."""
@@ -137,29 +144,34 @@ class RunLoop:
         return _Place(saved.counters.round_index + 1, saved.server, saved.counters.gradient_steps)
 
     def _rounds(self, place: _Place) -> str:
-        began, stop = time.monotonic(), _StopRule(self._prepared)
+        past = self._writer.tables.rows()
+        stop = _StopRule(self._prepared, past)
+        began = time.monotonic() - sum(seconds_of(row) for row in past)
         rounds = run_rounds(
             self._run,
             place.server,
             first_round=place.next_round,
             gradient_steps=place.gradient_steps,
         )
-        record = None
-        for record in rounds:
-            if self._lost_clients:
-                record.metrics["clients/faults"] += self._lost_clients
-                self._lost_clients = 0
+        last_round, server = place.next_round - 1, place.server
+        self._reached = max(self._reached, last_round)
+        for record in [] if stop.enough else rounds:
+            last_round, server = record.plan.round_index, record.server
+            # In the round in which they were lost, as often as that is replayed.
+            record.metrics["clients/faults"] += self._lost_clients.get(last_round, 0)
+            self._reached = max(self._reached, last_round)
             self._writer.add(record)
-            self._control.emit(self._progress(record, time.monotonic() - began))
-            enough = stop.reached(record, time.monotonic() - began)
-            if self._control.stopping or self._due(record.plan.round_index):
+            seconds = time.monotonic() - began
+            self._control.emit(self._progress(record, seconds))
+            stop.take(record.metrics, seconds)
+            if self._control.stopping or self._due(last_round):
                 self._save(record)
+            if stop.enough or last_round + 1 == len(self._prepared.plans):
+                break
             if self._control.stopping:
                 return "STOPPED"
-            if enough:
-                break
-        if record is not None and self._prepared.config.export_models:
-            self._export(record)
+        if self._prepared.config.export_models:
+            self._export(last_round, server)
         return "FINISHED"
 
     def _progress(self, record: RoundRecord, seconds: float) -> Progress:
@@ -180,59 +192,70 @@ class RunLoop:
     def _save(self, record: RoundRecord) -> None:
         """Write a checkpoint; a full disk is said and does not end the run."""
         first = latest_checkpoint(self._checkpoints) is None
-        everything = first or self._all_states_next
-        changed = self._pool.export_states(changed_only=not everything)
+        changed = self._pool.export_states(changed_only=not (first or self._all_states_next))
         counters = Counters(record.plan.round_index, record.gradient_steps, self._digest)
         keep = self._prepared.config.checkpoint.keep
+        self._all_states_next = True
         try:
-            save_checkpoint(self._checkpoints, counters, record.server, changed, keep)
+            # First the tables: whoever goes on from the checkpoint finds all of its rounds there.
             self._writer.tables.flush()
+            save_checkpoint(self._checkpoints, counters, record.server, changed, keep)
             self._all_states_next = False
         except OSError as error:
-            self._all_states_next = True
             logger.warning("no checkpoint after round %d: %s", record.plan.round_index, error)
-            self._control.emit(Message(f"no checkpoint could be written: {error}"))
 
-    def _export(self, record: RoundRecord) -> None:
+    def _export(self, round_index: int, server: Any) -> None:
         """The global model, and the model that each client predicts with."""
         spec, folder = self._prepared.federation.spec, self._writer.folder / "models"
-        params = self._prepared.algorithm.global_params(record.server)
+        params = self._prepared.algorithm.global_params(server)
         if not isinstance(params, NotAvailable):
             write_params(folder / "global.safetensors", params, spec)
         everybody = RoundPlan(
-            record.plan.round_index,
+            round_index,
             np.arange(len(self._prepared.client_ids), dtype=np.int64),
-            record.plan.learning_rate,
+            self._prepared.config.training.rate(round_index),
         )
-        message = self._prepared.algorithm.broadcast(record.server, everybody)
+        message = self._prepared.algorithm.broadcast(server, everybody)
         for index, theta in self._pool.personal_models(everybody, message).items():
             name = quote(self._prepared.client_ids[index], safe="")
             write_params(folder / "clients" / f"{name}.safetensors", torch.from_numpy(theta), spec)
 
 
-class _StopRule:
-    """The ``training.stop`` part of a configuration, over the evaluations of a run."""
+def seconds_of(row: Mapping[str, Any]) -> float:
+    """Time that a finished round took, its evaluation included."""
+    return float(row["time/round_s"] + row.get("time/eval_s", 0.0))
 
-    def __init__(self, prepared: Prepared) -> None:
+
+class _StopRule:
+    """The ``training.stop`` part of a configuration, over the rounds of a run.
+
+    Args:
+        past: the rows of the rounds before, of a run that goes on.
+    """
+
+    def __init__(self, prepared: Prepared, past: Sequence[Mapping[str, Any]]) -> None:
         self._config = prepared.config.training.stop
         lower = not prepared.dataset.task.higher_is_better or self._config.metric.endswith("loss")
         self._sign = -1 if lower else 1
         self._best = -np.inf
         self._since = 0
+        self.enough = False
+        seconds = 0.0
+        for row in past:
+            seconds += seconds_of(row)
+            self.take(row, seconds)
 
-    def reached(self, record: RoundRecord, seconds: float) -> bool:
-        """Whether this round was the last one."""
-        config = self._config
+    def take(self, metrics: Mapping[str, Any], seconds: float) -> None:
+        """Judge a round; ``enough`` says whether it was the last one."""
+        config, value = self._config, metrics.get(self._config.metric)
         if config.seconds is not None and seconds >= config.seconds:
-            return True
-        value = record.metrics.get(config.metric)
+            self.enough = True
         if value is None:
-            return False
+            return
         if config.target is not None and self._sign * value >= self._sign * config.target:
-            return True
+            self.enough = True
         better = self._sign * value > self._best
-        self._best, self._since = (
-            max(self._best, self._sign * value),
-            0 if better else (self._since + 1),
-        )
-        return config.patience is not None and self._since >= config.patience
+        self._best = max(self._best, self._sign * value)
+        self._since = 0 if better else self._since + 1
+        if config.patience is not None and self._since >= config.patience:
+            self.enough = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,20 +23,22 @@ from selffl_ray.tables import (
     write_json,
     write_text,
 )
-from selffl_ray.tracking import MLflowTracker, NoTracker, RunInfo, Tracker, resolve_uri
+from selffl_ray.tracking import MLflowTracker, NoTracker, RunInfo, Tracker
 
 
 @dataclass(frozen=True)
 class Job:
     """One run to do, in a form that travels: the resolved configuration as plain values.
 
-    folder: the run's; plugin_folder: where plugins and relative stores are looked for; tags:
-    further MLflow tags; resume: go on from the folder's newest checkpoint.
+    folder: the run's; plugin_folder: where plugins are looked for; store: MLflow's, resolved where
+    the command was given (None: not tracked); tags: further MLflow tags; resume: go on from the
+    folder's newest checkpoint.
     """
 
     raw: Mapping[str, Any]
     folder: str
     plugin_folder: str
+    store: str | None = None
     tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
     resume: bool = False
 
@@ -58,10 +61,9 @@ class RunWriter:
         self._began = time.monotonic()
 
     def _open_tracker(self, job: Job) -> Tracker:
-        config = self.prepared.config
-        if not config.tracking.enabled:
+        config, uri = self.prepared.config, job.store
+        if uri is None:
             return NoTracker()
-        uri = resolve_uri(config.tracking, Path(job.plugin_folder))
         note = self.folder / "tracking.json"
         resume_id = None
         if job.resume and note.exists():
@@ -97,7 +99,8 @@ class RunWriter:
     def add(self, record: RoundRecord) -> None:
         """Tables and tracker take in a round."""
         self.tables.add(record)
-        self.tracker.log(record.metrics, record.plan.round_index)
+        measured = {k: v for k, v in record.metrics.items() if not math.isnan(v)}
+        self.tracker.log(measured, record.plan.round_index)
 
     def finish(self, status: str, error: str | None = None) -> dict[str, Any]:
         """Write tables and ``summary.json``, end tracking; returns the summary."""

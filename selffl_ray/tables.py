@@ -150,6 +150,10 @@ class RunTables:
         pq.write_table(table, draft)
         draft.replace(path)
 
+    def rows(self) -> list[Mapping[str, Any]]:
+        """A row for each round, in order; what was not measured is absent."""
+        return list(self._rounds)
+
     def evaluated_rounds(self) -> list[Mapping[str, Any]]:
         """Rows of rounds that were evaluated, in order."""
         return [row for row in self._rounds if "time/eval_s" in row]

@@ -1,11 +1,14 @@
 """MLflow: one writer, a thread of its own, in batches; a store that fails never stops a run.
 
 Only the process that runs the server loop writes. The store is prepared once, before the first run
-starts. What could not be sent is kept in the run's folder (``untracked.jsonl``) and said once.
+starts. What could not be sent is kept in the run's folder (``untracked.jsonl``) and said once, as
+a warning of this module's logger. A password is never written or said.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -13,12 +16,13 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from selffl_ray.errors import ConfigError
+from selffl_ray.tables import write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -44,6 +48,14 @@ class TrackingConfig:
     enabled: bool = True
     """false writes the run's folder only."""
 
+    def __post_init__(self) -> None:
+        if self.uri is not None and without_password(self.uri) != self.uri:
+            raise ConfigError(
+                f"tracking.uri must not hold a user or password, which would be written to the "
+                f"run's folder, got {without_password(self.uri)}; set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or the whole address as MLFLOW_TRACKING_URI"
+            )
+
 
 def resolve_uri(config: TrackingConfig, folder: Path) -> str:
     """The store's URI with relative paths made absolute.
@@ -64,8 +76,10 @@ def resolve_uri(config: TrackingConfig, folder: Path) -> str:
 
 
 def without_password(uri: str) -> str:
-    """The URI for people and logs: user and password replaced."""
-    return re.sub(r"//[^/@]*@", "//***@", uri)
+    """The URI (or a text with one) for people and logs: user and password replaced."""
+    # Up to the last @: a password may hold one, or a slash.
+    hidden = re.sub(r"//\S*@", "//***@", uri)
+    return re.sub(r"(password=)[^&\s]+", r"\1***", hidden, flags=re.IGNORECASE)
 
 
 class Tracker(Protocol):
@@ -104,11 +118,23 @@ def open_store(uri: str) -> MlflowClient:
     quiet_mlflow()
     from mlflow import MlflowClient
 
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    client = MlflowClient(tracking_uri=uri)
-    client.search_experiments(max_results=1)
+    with _alone(uri):
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
     return client
+
+
+@contextlib.contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process at a time: two that create the tables of one database break each other."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    path = Path(uri.removeprefix("sqlite:///"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
@@ -135,7 +161,7 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
 class RunInfo:
     """How a run is named in the store.
 
-    resume_id: go on with this MLflow run, whose steps up to ``resumed_step`` are there already.
+    resume_id: go on with this MLflow run; steps that it has are not sent again.
     """
 
     experiment: str
@@ -145,8 +171,14 @@ class RunInfo:
     resume_id: str | None = None
 
 
+Item = tuple[dict[str, float], int, int]
+"""Metrics, step, time in milliseconds."""
+
+
 class MLflowTracker:
     """Writes one run from a thread; every call returns at once.
+
+    ``tracking.json`` in the run's folder says where the run is, as soon as it is there.
 
     Args:
         uri: the store.
@@ -158,7 +190,8 @@ class MLflowTracker:
         self._uri = uri
         self._info = info
         self._folder = folder
-        self._queue: queue.Queue[tuple[dict[str, float], int, int] | None] = queue.Queue()
+        self._queue: queue.Queue[Item | None] = queue.Queue()
+        self._sending: list[Item] = []
         self._problem: str | None = None
         self._status = "FINISHED"
         self.run_id: str | None = info.resume_id
@@ -180,39 +213,41 @@ class MLflowTracker:
         self._status = status
         self._queue.put(None)
         self._thread.join(PATIENCE_S)
-        if self._thread.is_alive():
-            self._problem = self._problem or f"did not answer within {PATIENCE_S:.0f} s"
-        if self._problem is None:
-            return None
-        self._keep_unsent()
-        return (
-            f"MLflow store {without_password(self._uri)}: {self._problem}; what was not sent is in "
-            f"{self._folder / 'untracked.jsonl'}"
+        if self._thread.is_alive() and self._problem is None:
+            self._say(f"did not answer within {PATIENCE_S:.0f} s")
+        if self._problem is not None:
+            self._keep_unsent()
+        return self._problem
+
+    def _say(self, what: str) -> None:
+        """Once: where the store is, what is wrong, and where to find what it does not get."""
+        self._problem = (
+            f"MLflow store {self.public_uri}: {what}; the run goes on, and what cannot be sent is "
+            f"kept in {self._folder / 'untracked.jsonl'}"
         )
+        logger.warning("%s", self._problem)
 
     # -- in the thread --------------------------------------------------------------------------
 
     def _work(self) -> None:
-        unsent: list[tuple[dict[str, float], int, int]] = []
-        client = None
         try:
             client = open_store(self._uri)
             self._open_run(client)
+            note = {"uri": self.public_uri, "run_id": self.run_id}
+            write_json(self._folder / "tracking.json", note)
             done = False
             while not done:
-                batch, done = self._next_batch()
-                unsent = batch
-                self._send(client, batch)
-                unsent = []
+                self._sending, done = self._next_batch()
+                self._send(client, self._sending)
+                self._sending = []
             self._close_run(client)
         except Exception as error:
             # Whatever a store may raise: tracking is never worth a run.
-            self._problem = f"{type(error).__name__}: {without_password(str(error))}"[:500]
-            logger.warning("MLflow: %s; the run goes on without it", self._problem)
-            for item in unsent:
-                self._queue.put(item)
+            text = " ".join(without_password(str(error)).split())
+            if self._problem is None:
+                self._say(f"{type(error).__name__}: {text}"[:300])
 
-    def _next_batch(self) -> tuple[list[tuple[dict[str, float], int, int]], bool]:
+    def _next_batch(self) -> tuple[list[Item], bool]:
         """All that is queued now, at least one item; and whether that was the end."""
         items = [self._queue.get()]
         while not self._queue.empty():
@@ -234,15 +269,15 @@ class MLflowTracker:
         for at in range(0, len(params), BATCH_PARAMS):
             client.log_batch(self.run_id, params=params[at : at + BATCH_PARAMS])
 
-    def _send(self, client: MlflowClient, batch: list[tuple[dict[str, float], int, int]]) -> None:
+    def _send(self, client: MlflowClient, batch: list[Item]) -> None:
         from mlflow.entities import Metric
 
-        metrics = [
-            Metric(name, value, stamp, step)
-            for values, step, stamp in batch
-            for name, value in values.items()
-            if step > self._last_step
-        ]
+        metrics = []
+        for values, step, stamp in batch:
+            if step > self._last_step:
+                # A round that is replayed after a host was lost has the same numbers again.
+                metrics += [Metric(name, value, stamp, step) for name, value in values.items()]
+                self._last_step = step
         assert self.run_id is not None
         for at in range(0, len(metrics), BATCH_METRICS):
             client.log_batch(self.run_id, metrics=metrics[at : at + BATCH_METRICS])
@@ -257,12 +292,15 @@ class MLflowTracker:
         client.set_terminated(self.run_id, status=self._status)
 
     def _keep_unsent(self) -> None:
-        lines = []
+        items: list[Item | None] = list(self._sending)
         while not self._queue.empty():
-            item: Any = self._queue.get()
-            if item is not None:
-                lines.append(
-                    json.dumps({"step": item[1], "timestamp": item[2], "metrics": item[0]})
-                )
-        with (self._folder / "untracked.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in lines)
+            items.append(self._queue.get())
+        # Should the store answer after all, the thread closes the run and ends.
+        self._queue.put(None)
+        lines = [
+            json.dumps({"step": step, "timestamp": stamp, "metrics": metrics}) + "\n"
+            for metrics, step, stamp in (item for item in items if item is not None)
+        ]
+        if lines:
+            with (self._folder / "untracked.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(lines)

@@ -101,9 +101,9 @@ class TrainingConfig:
             )
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"training.momentum must lie in [0, 1), got {self.momentum}")
-        if not self.weight_decay >= 0:
+        if not 0 <= self.weight_decay < math.inf:
             raise ConfigError(f"training.weight_decay must be >= 0, got {self.weight_decay}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise ConfigError(
                 f"training.clip_norm must be > 0, got {self.clip_norm}; null switches it off"
             )
@@ -139,7 +139,8 @@ class TrainingConfig:
 class Rows(NamedTuple):
     """Examples of several clients, one client after the other.
 
-    x, y: (N, ...) of all; start_C, num_C: where each client's lie, int64.
+    x, y: (N, ...) of all, on the device of the model; start_C, num_C: where each client's lie,
+    int64 on the CPU.
     """
 
     x: Tensor
@@ -149,7 +150,7 @@ class Rows(NamedTuple):
 
     def take(self, index_CB: Tensor) -> tuple[Tensor, Tensor]:
         """The examples at (C, B) positions within each client's own rows."""
-        at = (index_CB + self.start_C.unsqueeze(1)).flatten()
+        at = (index_CB + self.start_C.to(index_CB.device).unsqueeze(1)).flatten()
         shape = index_CB.shape
         x = self.x.index_select(0, at).view(*shape, *self.x.shape[1:])
         return x, self.y.index_select(0, at).view(*shape, *self.y.shape[1:])
@@ -272,6 +273,7 @@ class Step:
         count = int(self.active_C.sum())
         first = bool(self.active_C[:count].all())
         self.pick = slice(0, count) if first else self.active_C.nonzero().flatten()
+        self.loss_A = torch.zeros(count)
 
     def batch(self, stream: str | None = None) -> Batch:
         """This step's batch of the active rows; other names are independent streams."""
@@ -315,7 +317,7 @@ class Trained(NamedTuple):
     carry: Any
     seen: Any
     loss_C: Tensor
-    """Mean batch loss over a row's steps, float64; 0 where no step was taken."""
+    """Mean batch loss over a row's steps, float64; a step that asked for no gradient counts 0."""
     num_steps_C: Tensor
 
 
@@ -341,7 +343,8 @@ def local_sgd(
         steps_C: (C,) steps of each client; the training options' by default.
         rate_C: learning rate, one or (C,); this round's by default.
         stream: name of the batch stream; the same name gives two methods the same batches.
-        trainable: (P,) bool; other coordinates keep their values. All by default.
+        trainable: (P,) bool; other coordinates keep their values, and their gradient does not
+            count when it is clipped. All by default.
         extra_grad: theta_CP -> (C, P) added to the gradient, for penalties.
         after_step: theta_CP -> (C, P) replaces the rows after each step, for proximal steps.
         direction: (carry, theta_CP, step) -> (carry, gradient), for gradients taken elsewhere.
@@ -369,7 +372,7 @@ def local_sgd(
             grad_AP = grad_CP[pick].clone()
         if extra_grad is not None:
             grad_AP += extra_grad(theta_CP)[pick]
-        _regularise(config, theta_CP[pick], grad_AP)
+        _regularise(config, theta_CP[pick], grad_AP, trainable)
         if velocity_CP is not None:
             grad_AP += velocity_CP[pick] * config.momentum
             velocity_CP[pick] = grad_AP
@@ -380,10 +383,15 @@ def local_sgd(
     return Trained(theta_CP, carry, seen, loss_C / steps_C.clamp(min=1), steps_C)
 
 
-def _regularise(config: TrainingConfig, theta_AP: Tensor, grad_AP: Tensor) -> None:
+def _regularise(
+    config: TrainingConfig, theta_AP: Tensor, grad_AP: Tensor, trainable: Tensor | None
+) -> None:
     """Clipping, then weight decay, into the gradient."""
     if config.clip_norm is not None:
-        norm_A1 = (grad_AP * grad_AP).sum(1, keepdim=True).sqrt()
+        square_AP = grad_AP * grad_AP
+        if trainable is not None:
+            square_AP = torch.where(trainable, square_AP, 0.0)
+        norm_A1 = square_AP.sum(1, keepdim=True).sqrt()
         grad_AP *= config.clip_norm / norm_A1.clamp(min=config.clip_norm)
     if config.weight_decay:
         grad_AP += config.weight_decay * theta_AP

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 
-from selffl_ray.api import run_experiment
+from selffl_ray.api import Interrupt, run_experiment
 from selffl_ray.config import load_config
 from selffl_ray.environment import processor
 from selffl_ray.errors import DataError, UsageError
+from selffl_ray.run_loop import Progress
 
 
 class Verdict(NamedTuple):
@@ -33,16 +34,16 @@ def verify_run(folder: Path, watch: Callable[[Any], None]) -> Verdict:
 
     Raises:
         UsageError: not a run's folder, or bits cannot be compared: another processor, GPU or
-            torch, or clients that failed in the run.
+            torch.
     """
     environment, rounds = _read(folder)
-    _check_comparable(environment, rounds, folder)
+    _check_comparable(environment, folder)
     config = load_config(folder / "config.yaml", folder=Path.cwd())
-    was_local = environment["placement"]["backend"] == "local"
+    was_local = environment.backend == "local"
     placement = dataclasses.replace(
         config.placement,
         backend="ray" if was_local else "local",
-        clients_per_actor=(len(environment["client_ids"]) + 1) // 2,
+        clients_per_actor=(environment.num_clients + 1) // 2,
         cpus_per_actor="auto",
         gpus_per_client=0,
         stack_size="auto" if was_local else 3,
@@ -57,8 +58,16 @@ def verify_run(folder: Path, watch: Callable[[Any], None]) -> Verdict:
         ),
         export_models=False,
     )
+    enough = Interrupt()
+
+    def follow(event: Any) -> None:
+        watch(event)
+        if isinstance(event, Progress) and event.round_index + 1 >= num_rounds:
+            # The run was stopped there; what it never did cannot be compared.
+            enough.set()
+
     with tempfile.TemporaryDirectory(prefix="selffl-verify-") as scratch:
-        repeated = run_experiment(again, output=scratch, watch=watch).rounds
+        repeated = run_experiment(again, output=scratch, watch=follow, interrupt=enough).rounds
     joined = rounds.merge(repeated, on="round_index", suffixes=("", "_again"))
     if len(joined) < num_rounds:
         raise DataError(
@@ -71,31 +80,47 @@ def verify_run(folder: Path, watch: Callable[[Any], None]) -> Verdict:
     return Verdict(num_rounds, first, where)
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+class _Environment(NamedTuple):
+    """What ``environment.json`` must tell."""
+
+    backend: str
+    num_clients: int
+    devices: list[str]
+    processor: str
+    torch: str
+
+
+def _read(folder: Path) -> tuple[_Environment, pd.DataFrame]:
     try:
-        environment = json.loads((folder / "environment.json").read_text())
+        found = json.loads((folder / "environment.json").read_text())
+        environment = _Environment(
+            found["placement"]["backend"],
+            len(found["client_ids"]),
+            found["devices"],
+            found["processor"],
+            found["packages"]["torch"],
+        )
         rounds = pd.read_parquet(folder / "rounds.parquet")
-        return environment, rounds[["round_index", "digest", "faults"]]
-    except (OSError, ValueError, KeyError) as error:
+        return environment, rounds[["round_index", "digest"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{folder} is not the folder of a run ({error}); give one that holds config.yaml, "
             "environment.json and rounds.parquet"
         ) from error
 
 
-def _check_comparable(environment: dict[str, Any], rounds: pd.DataFrame, folder: Path) -> None:
-    if environment["devices"] != ["cpu"]:
+def _check_comparable(was: _Environment, folder: Path) -> None:
+    if was.devices != ["cpu"]:
         raise UsageError(
-            f"{folder} was run on {', '.join(environment['devices'])}: on a GPU results agree "
-            "within rounding, not bit for bit; verify a run on the CPU"
+            f"{folder} was run on {', '.join(was.devices)}: on a GPU results agree within "
+            "rounding, not bit for bit; verify a run on the CPU"
         )
-    here = {"processor": processor(), "torch": torch.__version__}
-    was = {"processor": environment["processor"], "torch": environment["packages"]["torch"]}
-    for name, value in here.items():
-        if was[name].split("+")[0] != value.split("+")[0]:
+    for name, before, here in (
+        ("processor", was.processor, processor()),
+        ("torch", was.torch, torch.__version__),
+    ):
+        if before.split("+")[0] != here.split("+")[0]:
             raise UsageError(
-                f"{folder} was run with {name} {was[name]!r}, this machine has {value!r}: bits may "
+                f"{folder} was run with {name} {before!r}, this machine has {here!r}: bits may "
                 "differ between them; verify on the machine that ran it"
             )
-    if len(rounds) and int(rounds["faults"].max()) > 0 and rounds["digest"].isna().any():
-        raise UsageError(f"{folder}: rounds without a digest cannot be compared")

@@ -57,24 +57,22 @@ class GaussianConfig:
                 f"data.num_clients and data.dimension must be >= 1, got {self.num_clients} and "
                 f"{self.dimension}"
             )
-        if not self.noise_var >= 0 or not self.inter_ratio >= 0:
+        if not 0 <= self.noise_var < math.inf or not 0 <= self.inter_ratio < math.inf:
             raise ConfigError(
                 f"data.noise_var and data.inter_ratio must be >= 0, got {self.noise_var} and "
                 f"{self.inter_ratio}"
             )
-        if self.inter_var is not None and not self.inter_var >= 0:
+        if self.inter_var is not None and not 0 <= self.inter_var < math.inf:
             raise ConfigError(f"data.inter_var must be >= 0, got {self.inter_var}")
         if self.optima == "identity" and self.dimension not in (20, self.num_clients):
             raise ConfigError(
                 f"data.optima identity has one coordinate a client ({self.num_clients}); leave out "
                 f"data.dimension (got {self.dimension})"
             )
-        sizes, var_M = self.num_examples_M, self.intra_var_M
-        if (sizes < 1).any() or not (var_M >= 0).all():
-            raise ConfigError(
-                f"data.num_examples must be >= 1 and data.intra_var >= 0, got {self.num_examples} "
-                f"and {self.intra_var}"
-            )
+        if (self.num_examples_M < 1).any():
+            raise ConfigError(f"data.num_examples must be >= 1, got {list(self.num_examples)}")
+        if not all(0 <= var < math.inf for var in self.intra_var_M):
+            raise ConfigError(f"data.intra_var must be >= 0, got {list(self.intra_var or ())}")
 
     @property
     def num_examples_M(self) -> npt.NDArray[np.int64]:

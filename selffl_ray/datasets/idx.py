@@ -7,6 +7,7 @@ values row by row. Gzip is told by its first bytes, never by the name.
 from __future__ import annotations
 
 import gzip
+import math
 import struct
 import zlib
 from collections.abc import Iterator
@@ -181,7 +182,7 @@ def read_idx(path: Path) -> npt.NDArray[Any]:
     if len(raw) < header:
         raise DataError(f"{path}: truncated inside its header ({len(raw)} bytes); fetch it again")
     shape = struct.unpack(f">{dims}I", raw[4:header])
-    expected = header + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+    expected = header + dtype.itemsize * math.prod(shape)
     if len(raw) != expected:
         raise DataError(
             f"{path}: {len(raw)} bytes, but its header {shape} asks for {expected}; the file is "

@@ -221,7 +221,14 @@ def shards(config: ShardsConfig, dataset: Dataset, store: Store, seed: int) -> l
     hands = [np.concatenate([pieces[p] for p in own]) for own in dealt]
     if config.sizes is not None:
         sizes = config.sizes.draw(deal.rng, config.num_clients)
-        hands = [deal.rng.permutation(h)[:n] for h, n in zip(hands, sizes, strict=True)]
+        pairs = list(zip(hands, sizes, strict=True))
+        short = [(h, n) for h, n in pairs if n > len(h)]
+        if short:
+            raise DataError(
+                f"data.partition.sizes ask for {short[0][1]} examples of a client whose shards "
+                f"hold {len(short[0][0])}; lower sizes.max or num_clients"
+            )
+        hands = [deal.rng.permutation(h)[:n] for h, n in pairs]
     return _finish(config, deal, hands)
 
 
@@ -246,6 +253,11 @@ def rotation(config: RotationConfig, dataset: Dataset, store: Store, seed: int) 
 
 def _split_evenly(config: PooledConfig, deal: Deal) -> list[Rows]:
     order = deal.rng.permutation(deal.pool)
+    if len(order) < config.num_clients:
+        raise DataError(
+            f"data.partition: {len(order)} examples are not enough for {config.num_clients} "
+            "clients; lower num_clients"
+        )
     if config.sizes is None:
         return list(np.array_split(order, config.num_clients))
     sizes = _affordable(config.sizes.draw(deal.rng, config.num_clients), len(order))
@@ -277,13 +289,14 @@ def _cut_each_class(
     """Each class between all clients; drawn again until everybody has at least two examples."""
     for _ in range(1000):
         shares = rng.dirichlet(np.full(num_clients, alpha), size=len(piles))
-        cuts = [
-            np.split(pile, np.floor(np.cumsum(share)[:-1] * len(pile)).astype(np.int64))
+        ends = [
+            np.floor(np.cumsum(share)[:-1] * len(pile)).astype(np.int64)
             for pile, share in zip(piles, shares, strict=True)
         ]
-        hands = [np.concatenate([cut[m] for cut in cuts]) for m in range(num_clients)]
-        if min(len(hand) for hand in hands) >= 2:
-            return hands
+        pairs = list(zip(piles, ends, strict=True))
+        if sum(np.diff(end, prepend=0, append=len(pile)) for pile, end in pairs).min() >= 2:
+            cuts = [np.split(pile, end) for pile, end in pairs]
+            return [np.concatenate([cut[m] for cut in cuts]) for m in range(num_clients)]
     raise DataError(
         f"data.partition: a Dirichlet draw with alpha={alpha} leaves some of {num_clients} clients "
         "without examples, 1000 times in a row; raise alpha, lower num_clients, or set sizes"
@@ -329,5 +342,10 @@ def _test_rows(number: int, deal: Deal, rows: Rows) -> Rows:
     taken = []
     for label, wanted in zip(own, deal.rng.multinomial(number, counts / counts.sum()), strict=True):
         pile = deal.test_pool[test_labels == label]
+        if wanted > len(pile):
+            raise DataError(
+                f"data.partition.test_examples: {number} need {wanted} of class {label} for one "
+                f"client, the published test part has {len(pile)}; lower test_examples"
+            )
         taken.append(deal.rng.permutation(pile)[:wanted])
     return np.sort(np.concatenate(taken))

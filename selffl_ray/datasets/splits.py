@@ -58,6 +58,11 @@ def split_clients(
         )
     rows = [_split(hand, shares, seed) for hand in hands]
     held = round(new_share * len(rows))
+    if new_share > 0 and not held:
+        raise ConfigError(
+            f"evaluation.new_clients: {new_share} of {len(rows)} clients is none; raise it, or set "
+            "it to 0"
+        )
     if held >= len(rows):
         raise ConfigError(
             f"evaluation.new_clients: {new_share} of {len(rows)} clients leaves none to train on"

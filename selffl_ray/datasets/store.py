@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,11 @@ from selffl_ray.errors import DataError
 SCHEMA_VERSION = 1
 POOL_PIECE = 8192
 """Rows of a record batch of a pool."""
+
+COLUMNS = ["x", "y", "official"]
+
+BROKEN = (OSError, ValueError, TypeError, KeyError, pa.ArrowException)
+"""What reading a file that is not as it was written may raise."""
 
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
@@ -97,10 +102,12 @@ def _build(dataset: Dataset, groups: Iterable[Group], source: str, folder: Path)
         _write(dataset, _pieces(dataset, groups), source, draft)
         try:
             draft.rename(folder)
-        except OSError:
-            # Somebody else was faster, with the same content.
+        except OSError as error:
+            # Usually somebody else was faster, with the same content.
             if not (folder / "manifest.json").exists():
-                raise
+                raise DataError(
+                    f"{folder} is not a client store: {error}; {_remedy(folder)}"
+                ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -156,7 +163,6 @@ def _write(dataset: Dataset, groups: Iterable[Group], source: str, draft: Path) 
 
 
 def _manifest(dataset: Dataset, first: Group, source: str, index: list[dict[str, Any]]) -> Manifest:
-    sha = hashlib.sha256("|".join(f"{r['client_id']}:{r['sha256']}" for r in index).encode())
     return Manifest(
         SCHEMA_VERSION,
         dataset.name,
@@ -167,14 +173,19 @@ def _manifest(dataset: Dataset, first: Group, source: str, index: list[dict[str,
         len(index),
         tuple(first.x.shape[1:]),
         tuple(first.y.shape[1:]),
-        sha.hexdigest(),
+        _store_digest([r["client_id"] for r in index], [r["sha256"] for r in index]),
     )
+
+
+def _store_digest(client_ids: Sequence[str], digests: Sequence[str]) -> str:
+    rows = (f"{c}:{d}" for c, d in zip(client_ids, digests, strict=True))
+    return hashlib.sha256("|".join(rows).encode()).hexdigest()
 
 
 def _record_batch(group: Group) -> pa.RecordBatch:
     official = np.zeros(len(group.y), np.uint8) if group.official is None else group.official
     arrays = [_column(group.x), _column(group.y), pa.array(official)]
-    return pa.RecordBatch.from_arrays(arrays, names=["x", "y", "official"])
+    return pa.RecordBatch.from_arrays(arrays, names=COLUMNS)
 
 
 def _column(values: Array) -> pa.Array:
@@ -189,7 +200,7 @@ def _batch_digest(batch: pa.RecordBatch) -> str:
     sha = hashlib.sha256()
     for column in batch.columns:
         sha.update(f"{column.type}|{len(column)}|".encode())
-        sha.update(_flat(column).tobytes())
+        sha.update(_flat(column).data)
     return sha.hexdigest()
 
 
@@ -204,20 +215,12 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            raw = json.loads((folder / "manifest.json").read_text())
-            for key in ("x_shape", "y_shape"):
-                raw[key] = tuple(raw[key])
-            self.manifest = Manifest(**raw)
-            self._index = pa.ipc.open_file(pa.memory_map(str(folder / "index.arrow"))).read_all()
-        except (OSError, ValueError, TypeError, KeyError, pa.ArrowInvalid) as error:
+            self.manifest = _read_manifest(folder / "manifest.json")
+            self._index = _read_index(folder / "index.arrow", self.manifest)
+        except BROKEN as error:
             raise DataError(
                 f"{folder} is not a client store: {error}; {_remedy(folder)}"
             ) from error
-        if self.manifest.schema_version != SCHEMA_VERSION:
-            raise DataError(
-                f"{folder} has schema version {self.manifest.schema_version}, this release reads "
-                f"{SCHEMA_VERSION}; {_remedy(folder)}"
-            )
         self.start_rows: Rows = np.concatenate(
             [[0], np.cumsum(self._index["num_rows"].to_numpy())]
         ).astype(np.int64)
@@ -228,7 +231,7 @@ class Store:
         path = self.folder / "data.arrow"
         try:
             return pa.ipc.open_file(pa.memory_map(str(path)))
-        except (OSError, pa.ArrowInvalid) as error:
+        except BROKEN as error:
             raise DataError(f"{path} cannot be read: {error}; {_remedy(self.folder)}") from error
 
     @property
@@ -272,10 +275,8 @@ class Store:
     def _batch(self, index: int) -> pa.RecordBatch:
         try:
             batch = self._reader.get_batch(index)
-            good = index in self._checked or (
-                _batch_digest(batch) == self._index["sha256"][index].as_py()
-            )
-        except (OSError, pa.ArrowInvalid) as error:
+            good = index in self._checked or self._as_written(batch, index)
+        except BROKEN as error:
             raise DataError(
                 f"{self.folder / 'data.arrow'}: record batch {index} cannot be read: {error}; "
                 f"{_remedy(self.folder)}"
@@ -287,6 +288,34 @@ class Store:
             )
         self._checked.add(index)
         return batch
+
+    def _as_written(self, batch: pa.RecordBatch, index: int) -> bool:
+        batch.validate()  # lengths first: Arrow ends the process over one that is negative
+        return bool(
+            batch.schema.names == COLUMNS
+            and batch.num_rows == self._index["num_rows"][index].as_py()
+            and _batch_digest(batch) == self._index["sha256"][index].as_py()
+        )
+
+
+def _read_manifest(path: Path) -> Manifest:
+    raw = json.loads(path.read_text())
+    if raw["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(
+            f"schema version {raw['schema_version']}, this release reads {SCHEMA_VERSION}"
+        )
+    for key in ("x_shape", "y_shape"):
+        raw[key] = tuple(raw[key])
+    return Manifest(**raw)
+
+
+def _read_index(path: Path, manifest: Manifest) -> pa.Table:
+    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    table.validate(full=True)
+    digest = _store_digest(table["client_id"].to_pylist(), table["sha256"].to_pylist())
+    if (sum(table["num_rows"].to_pylist()), digest) != (manifest.num_rows, manifest.digest):
+        raise ValueError(f"{path.name} is not what was written")
+    return table
 
 
 def _remedy(folder: Path) -> str:

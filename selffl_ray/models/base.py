@@ -50,8 +50,8 @@ def lift(build: ModuleFactory, shape: DataShape, *, convert_norm: str | None = N
         convert_norm: ``"group"`` replaces BatchNorm by GroupNorm.
 
     Raises:
-        ModelError: running statistics or other buffers, dropout, or parameters that are shared
-            between layers; each names the layer and the remedy.
+        ModelError: BatchNorm or other running statistics, other buffers, dropout, or parameters
+            that are frozen or shared between layers; each names the layer and the remedy.
     """
 
     def prepared() -> nn.Module:
@@ -91,6 +91,11 @@ def _refuse_unstackable(module: nn.Module) -> None:
                 "neither parameters nor data of a client; set model.convert_norm: group, or use "
                 "GroupNorm or LayerNorm"
             )
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise ModelError(
+                f"layer {name!r} ({type(layer).__name__}) mixes the examples of a batch, of which "
+                "some are padding; set model.convert_norm: group, or use GroupNorm or LayerNorm"
+            )
         if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0:
             raise ModelError(
                 f"layer {name!r} ({type(layer).__name__}) draws from torch's global generator, so "
@@ -101,16 +106,27 @@ def _refuse_unstackable(module: nn.Module) -> None:
             f"buffer {name!r} is not a parameter and would be shared between clients; compute it "
             "in forward() or make it a parameter"
         )
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            raise ModelError(
+                f"parameter {name!r} is frozen (requires_grad is False), but every parameter of a "
+                "lifted module is trained; make it trainable"
+            )
     shared = len(list(module.named_parameters(remove_duplicate=False)))
     if shared != len(list(module.parameters())):
         raise ModelError("parameters are shared between layers; give each layer its own")
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether any layer is a BatchNorm."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
 
 
 def _batch_to_group_norm(module: nn.Module) -> nn.Module:
     """The same module with every BatchNorm replaced by GroupNorm over groups of <= 32 channels."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         channels = module.num_features
-        groups = next(g for g in range(max(1, channels // 32), channels + 1) if channels % g == 0)
+        groups = next(g for g in range(-(-channels // 32), channels + 1) if channels % g == 0)
         return nn.GroupNorm(groups, channels, eps=module.eps, affine=module.affine)
     for name, child in module.named_children():
         setattr(module, name, _batch_to_group_norm(child))

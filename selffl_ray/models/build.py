@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from selffl_ray.errors import ConfigError, ModelError
-from selffl_ray.models.base import Model, lift
+from selffl_ray.models.base import Model, has_batch_norm, lift
 from selffl_ray.registry import Component, models
 from selffl_ray.seeding import generator
 from selffl_ray.tasks import DataShape
@@ -44,6 +44,11 @@ def build_model(config: ModelConfig, shape: DataShape) -> Model:
 
     with torch.random.fork_rng(devices=[]):
         first = make()
+    converts = config.convert_norm is not None
+    if converts and not (isinstance(first, nn.Module) and has_batch_norm(first)):
+        raise ConfigError(
+            f"model.convert_norm: {config.component.name} has no BatchNorm to convert; leave it out"
+        )
     if isinstance(first, nn.Module):
 
         def module() -> nn.Module:
@@ -52,11 +57,6 @@ def build_model(config: ModelConfig, shape: DataShape) -> Model:
             return made
 
         return lift(module, shape, convert_norm=config.convert_norm)
-    if config.convert_norm is not None:
-        raise ConfigError(
-            f"model.convert_norm: {config.component.name} has no normalisation to convert; leave "
-            "it out"
-        )
     return first
 
 

@@ -38,9 +38,9 @@ class CNNConfig:
     """Units of the dense layers before the output."""
 
     def __post_init__(self) -> None:
-        for field in ("kernel", "stride", "pool"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"model.{field} must be >= 1, got {getattr(self, field)}")
+        for field, least in (("kernel", 1), ("stride", 1), ("pool", 1), ("padding", 0)):
+            if getattr(self, field) < least:
+                raise ConfigError(f"model.{field} must be >= {least}, got {getattr(self, field)}")
         if not self.channels or any(c < 1 for c in (*self.channels, *self.hidden)):
             raise ConfigError(
                 "model.channels needs at least one positive number and model.hidden positive "

@@ -1,1 +1,8 @@
-"""Ray: placement of actors, client and driver actors, the transport between them."""
+"""Ray: placement of actors, client and driver actors, the transport between them.
+
+Ray reads some settings when it is imported, so they are made before any module here imports it.
+"""
+
+from selffl_ray.runtime.cluster import quiet_ray
+
+quiet_ray()

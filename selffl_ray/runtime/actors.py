@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from selffl_ray.errors import PlacementError
+from selffl_ray.errors import PlacementError, SelfFLError
 from selffl_ray.host import ClientHost
 from selffl_ray.registry import load_plugins
 
@@ -58,14 +58,14 @@ class ClientActor:
     def __init__(self, gpu_share: float, wanted: str, plugins: tuple[Sequence[str], str]) -> None:
         import ray
 
-        load_plugins(*plugins)
         ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         self._gpus = [str(i) for i in ids]
-        self._problem: PlacementError | None = None
+        self._problem: SelfFLError | None = None
         self._device = torch.device("cpu")
         try:
+            load_plugins(*plugins)
             self._device = assigned_device(gpu_share, wanted, self._gpus)
-        except PlacementError as error:
+        except SelfFLError as error:
             # Raised in a constructor it would reach the driver as a dead actor.
             self._problem = error
         self._host = ClientHost(self._device)
@@ -74,7 +74,7 @@ class ClientActor:
         """Where this actor lives: node, process, assigned GPUs, device.
 
         Raises:
-            PlacementError: it got no device for its GPU share.
+            SelfFLError: it got no device for its GPU share, or cannot import the user's modules.
         """
         import ray
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +15,11 @@ import psutil
 from selffl_ray.errors import PlacementError
 from selffl_ray.runtime.placement import Node
 
+logger = logging.getLogger(__name__)
+
 LOOPBACK = "127.0.0.1"
+REACH_S = 10.0
+"""Longest wait for a cluster's port to open; Ray itself would try for many minutes."""
 
 
 def quiet_ray() -> None:
@@ -53,6 +59,7 @@ def cluster(*, dashboard: bool = False) -> Iterator[Cluster]:
     """
     quiet_ray()
     import ray
+    from ray.exceptions import RayError
 
     if ray.is_initialized():
         yield Cluster(_nodes(), ours=False, dashboard=None)
@@ -65,40 +72,61 @@ def cluster(*, dashboard: bool = False) -> Iterator[Cluster]:
     }
     if address:
         try:
+            _knock(address)
             context = ray.init(address=address, **common)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, RayError) as error:
             raise PlacementError(
-                f"RAY_ADDRESS={address} cannot be reached: {error}; start that cluster, or unset "
-                "RAY_ADDRESS to use this machine"
+                f"RAY_ADDRESS={address} cannot be reached: {error}; start that cluster, give its "
+                "token (RAY_AUTH_MODE=token), or unset RAY_ADDRESS to use this machine"
             ) from error
     else:
         context = ray.init(
             address="local", _node_ip_address=LOOPBACK, include_dashboard=dashboard, **common
         )
     try:
+        _check_loopback(ours=not address)
         yield Cluster(_nodes(), ours=not address, dashboard=context.dashboard_url or None)
     finally:
         # Disconnects from a cluster that was there before, and ends one of our own.
         ray.shutdown()
 
 
-def _nodes() -> list[Node]:
+def _check_loopback(*, ours: bool) -> None:
     import ray
 
+    at = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    if ours and at != LOOPBACK:
+        logger.warning(
+            "this Ray listens on %s, not on loopback only: ray was imported before selffl_ray; "
+            "import selffl_ray first, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0",
+            at,
+        )
+
+
+def _knock(address: str) -> None:
+    """Raise OSError if nobody listens at ``host:port``; other addresses are Ray's to judge."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+
+
+def _nodes() -> list[Node]:
+    """The machines that are alive, this process's own first: the driver actor runs there."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
     nodes = []
     for node in ray.nodes():  # type: ignore[no-untyped-call]
         if node["Alive"]:
             have = node["Resources"]
-            nodes.append(
-                Node(
-                    node["NodeManagerHostname"],
-                    have.get("CPU", 0.0),
-                    have.get("GPU", 0.0),
-                    int(have.get("memory", 0)),
-                )
+            found = Node(
+                node["NodeManagerHostname"],
+                have.get("CPU", 0.0),
+                have.get("GPU", 0.0),
+                int(have.get("memory", 0)),
             )
-    # The driver actor runs on the head node, which the plan takes for the first.
-    return sorted(nodes, key=lambda n: n.name)
+            nodes.append((node["NodeID"] != here, found.name, node["NodeID"], found))
+    return [found for *_, found in sorted(nodes, key=lambda n: n[:3])]
 
 
 def this_machine() -> list[Node]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from selffl_ray.errors import RunError, SelfFLError
@@ -14,8 +14,9 @@ from selffl_ray.runtime.actors import DriverActor
 from selffl_ray.runtime.placement import PlacementPlan
 
 POLL_S = 0.3
-ANSWER_S = 60.0
-"""Longest wait for the driver actor to answer a question; it has threads of its own for them."""
+ANSWER_S = 300.0
+"""Longest wait for the driver actor to answer a question, its start included: it has threads of
+its own for them, but has to import torch first."""
 
 
 def follow(
@@ -33,16 +34,9 @@ def follow(
     local paths are there.
 
     Raises:
-        SelfFLError: what the job raised. RunError: the actor died.
+        SelfFLError: what the job raised. RunError: the actor died, or does not answer.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    remote: Any = ray.remote(DriverActor)
-    actor = remote.options(
-        name=f"{label}-driver",
-        num_cpus=plan.driver_cpus,
-        max_concurrency=3,
-        scheduling_strategy=here,
-    ).remote()
+    actor = _start(plan, label)
     running = actor.run.remote(job, *arguments)
     stopped = False
     try:
@@ -57,9 +51,27 @@ def follow(
                 return ray.get(running)
     except RayTaskError as error:
         if isinstance(error.cause, SelfFLError):
-            raise error.cause from None
+            raise error.cause from error
         raise
-    except RayActorError as error:
+    except GetTimeoutError as error:
+        raise RunError(
+            f"the driver actor did not answer within {ANSWER_S:g} s; is there room for its "
+            f"{plan.driver_cpus:g} CPU on this node? See `ray status`"
+        ) from error
+    except RayError as error:
         raise RunError(f"the driver actor died: {' '.join(str(error).split())[:300]}") from error
     finally:
         ray.kill(actor, no_restart=True)
+
+
+def _start(plan: PlacementPlan, label: str) -> Any:
+    """The driver actor, on this process's node."""
+    remote: Any = ray.remote(DriverActor)
+    return remote.options(
+        name=f"{label}-driver",
+        num_cpus=plan.driver_cpus,
+        max_concurrency=3,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        ),
+    ).remote()

@@ -5,6 +5,7 @@ Nothing here touches Ray: a plan is made and judged before anything starts.
 
 from __future__ import annotations
 
+import bisect
 import fnmatch
 import math
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ DRIVER_CPUS = 0.1
 """CPU share of the driver actor: it waits most of the time."""
 GRAIN = 10_000
 """Ray counts resources in ten-thousandths."""
+SLACK = 1e-6
+"""For sums of shares that are not exact in binary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class PlacementConfig:
     a core and 60 % of free memory, else as few actors as there are cores."""
     cpus_per_actor: float | Literal["auto"] = "auto"
     """CPU share that each client actor reserves; auto divides what there is."""
-    gpus_per_client: float | dict[str, float] = 0
+    gpus_per_client: float | dict[str, float] = 0.0
     """GPU share of each client's actor: 0, 1/k, or whole GPUs; or a table from patterns of client
     ids to shares, the first match counts. An actor that hosts several clients takes the share of
     one."""
@@ -51,7 +54,7 @@ class PlacementConfig:
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise ConfigError(f"placement.{name} must be >= 1 or auto, got {value}")
-        if isinstance(self.cpus_per_actor, float) and not self.cpus_per_actor > 0:
+        if self.cpus_per_actor != "auto" and not self.cpus_per_actor > 0:
             raise ConfigError(
                 f"placement.cpus_per_actor must be > 0 or auto, got {self.cpus_per_actor}"
             )
@@ -162,12 +165,14 @@ def plan_placement(
         homes = list(range(count))
     else:
         homes = balanced_homes(work, num_actors)
-    num_actors = max(homes) + 1
-    cpu_share = _cpu_share(config, cpus - DRIVER_CPUS, num_actors)
-    members: list[list[int]] = [[] for _ in range(num_actors)]
+    members: list[list[int]] = [[] for _ in range(max(homes) + 1)]
     for client, home in enumerate(homes):
         members[home].append(client)
-    actors = tuple(ActorPlan(tuple(m), cpu_share, shares[m[0]]) for m in members if m)
+    gpus = [shares[m[0]] for m in members]
+    cpu_share = _cpu_share(config, gpus, nodes)
+    actors = tuple(
+        ActorPlan(tuple(m), cpu_share, gpu) for m, gpu in zip(members, gpus, strict=True)
+    )
     plan = PlacementPlan(actors, DRIVER_CPUS, note)
     check_feasible(plan, nodes)
     return plan
@@ -205,11 +210,17 @@ def _homes_by_class(shares: Sequence[float], work: Sequence[float], per_actor: i
     return homes
 
 
-def _cpu_share(config: PlacementConfig, available: float, num_actors: int) -> float:
+def _cpu_share(config: PlacementConfig, gpus: Sequence[float], nodes: Sequence[Node]) -> float:
+    """The share of each actor: as given, or the largest one, up to 1, with which all find room."""
     if config.cpus_per_actor != "auto":
         return config.cpus_per_actor
-    share = math.floor(min(1.0, available / num_actors) * GRAIN) / GRAIN
-    return max(share, 1 / GRAIN)
+
+    def too_much(grains: int) -> bool:
+        asked = [(grains / GRAIN, gpu) for gpu in gpus]
+        return _without_room(DRIVER_CPUS, asked, nodes) is not None
+
+    # Not what there is over the number of actors: what is left over on each machine is lost.
+    return max(1, bisect.bisect_left(range(GRAIN + 1), True, lo=1, key=too_much) - 1) / GRAIN
 
 
 def check_feasible(plan: PlacementPlan, nodes: Sequence[Node]) -> None:
@@ -218,14 +229,32 @@ def check_feasible(plan: PlacementPlan, nodes: Sequence[Node]) -> None:
     Raises:
         PlacementError: naming the resource, what is asked and what there is.
     """
-    free = [[n.cpus, n.gpus] for n in nodes]
-    free[0][0] -= plan.driver_cpus
-    for place, actor in enumerate(plan.actors):
-        fits = [n for n in free if n[0] + 1e-6 >= actor.cpus and n[1] + 1e-6 >= actor.gpus]
-        if not fits:
-            raise PlacementError(_infeasible(plan, nodes, place))
-        fits[0][0] -= actor.cpus
-        fits[0][1] -= actor.gpus
+    asked = [(actor.cpus, actor.gpus) for actor in plan.actors]
+    place = _without_room(plan.driver_cpus, asked, nodes)
+    if place is not None:
+        raise PlacementError(_infeasible(plan, nodes, place))
+
+
+def _without_room(
+    driver_cpus: float, asked: Sequence[tuple[float, float]], nodes: Sequence[Node]
+) -> int | None:
+    """The first of the (CPU, GPU) requests that finds no room, first fit; None if all do."""
+    cpus = [n.cpus for n in nodes]
+    cpus[0] -= driver_cpus
+    # A share of a GPU lies on one GPU, more than one are whole ones.
+    gpus = [[1.0] * int(n.gpus) for n in nodes]
+    for place, (cpu, gpu) in enumerate(asked):
+        whole = max(1, round(gpu))
+        for node, free in enumerate(gpus):
+            fitting = [i for i, left in enumerate(free) if left + SLACK >= min(gpu, 1.0)][:whole]
+            if cpus[node] + SLACK >= cpu and (gpu == 0 or len(fitting) == whole):
+                break
+        else:
+            return place
+        cpus[node] -= cpu
+        for i in fitting if gpu else []:
+            free[i] -= min(gpu, 1.0)
+    return None
 
 
 def _infeasible(plan: PlacementPlan, nodes: Sequence[Node], place: int) -> str:
@@ -240,7 +269,7 @@ def _infeasible(plan: PlacementPlan, nodes: Sequence[Node], place: int) -> str:
     )
     if gpus > 0 and have_gpus == 0:
         return f"placement.gpus_per_client: {asked}; use --set placement.gpus_per_client=0"
-    if gpus > have_gpus:
+    if _without_room(plan.driver_cpus, [(a.cpus, 0.0) for a in plan.actors], nodes) is None:
         return (
             f"placement.gpus_per_client: {asked}; use a smaller share, or more clients an actor "
             "(placement.clients_per_actor)"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
-from selffl_ray.errors import PlacementError, SelfFLError
-from selffl_ray.pool import ClientPool, HostLost
+from selffl_ray.errors import PlacementError, RunError, SelfFLError
+from selffl_ray.pool import ClientPool, HostLost, StateLostError
 from selffl_ray.runtime.actors import ClientActor
 from selffl_ray.runtime.placement import ActorPlan, PlacementPlan
 
@@ -53,24 +52,27 @@ class RayTransport:
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         wave = max(2, 2 * int(resources.get("CPU", 1)))
         for start in range(0, len(plan.actors), wave):
-            self._start(range(start, min(start + wave, len(plan.actors))))
+            lost = self._start(range(start, min(start + wave, len(plan.actors))))
+            if lost:
+                raise PlacementError(
+                    f"client actor {lost[0].host} did not start: {lost[0].cause}; is the cluster "
+                    "full? See `ray status`"
+                )
 
     @property
     def num_hosts(self) -> int:
         """Number of actors."""
         return len(self._actors)
 
-    def _start(self, hosts: range | list[int]) -> None:
+    def _start(self, hosts: range | list[int]) -> list[HostLost]:
+        """Actors for these hosts; those that did not come up."""
         for host in hosts:
             self._actors[host] = self._create(host, self._plan.actors[host])
         answers = self._wait({h: self._actor(h).describe.remote() for h in hosts}, START_TIMEOUT_S)
-        for host, answer in answers.items():
-            if isinstance(answer, HostLost):
-                raise PlacementError(
-                    f"client actor {host} did not start within {START_TIMEOUT_S:.0f} s: "
-                    f"{answer.cause}; is the cluster full? See `ray status`"
-                )
-            self.where[host] = answer
+        lost = [answer for answer in answers.values() if isinstance(answer, HostLost)]
+        for host in set(answers) - {item.host for item in lost}:
+            self.where[host] = answers[host]
+        return lost
 
     def _create(self, host: int, actor: ActorPlan) -> ActorHandle[Any]:
         self._births += 1
@@ -105,31 +107,38 @@ class RayTransport:
         return self._wait(pending, self._timeout_s)
 
     def _wait(self, pending: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
-        deadline = time.monotonic() + timeout_s
+        references = list(pending.values())
+        # One limit for all: who is late must not take along the answer of one that is not.
+        arrived = set(ray.wait(references, num_returns=len(references), timeout=timeout_s)[0])
         answers: dict[int, Any] = {}
         for host, reference in pending.items():
-            try:
-                left = max(0.0, deadline - time.monotonic())
-                answers[host] = ray.get(reference, timeout=left)
-            except GetTimeoutError:
+            if reference not in arrived:
                 ray.kill(self._actor(host), no_restart=True)
-                answers[host] = HostLost(host, f"no answer within {timeout_s:.0f} s")
+                answers[host] = HostLost(host, f"no answer within {timeout_s:g} s")
+                continue
+            try:
+                answers[host] = ray.get(reference, timeout=timeout_s)
             except RayTaskError as error:
-                cause = error.cause
-                if isinstance(cause, SelfFLError):
-                    raise cause from None
-                raise
-            except RayActorError as error:
-                text = " ".join(str(error).split())
-                answers[host] = HostLost(host, text[:300])
+                if isinstance(error.cause, SelfFLError):
+                    raise error.cause from None
+                raise RunError(f"client actor {host}: {error.cause!r}") from error
+            except RayError as error:
+                # It died, its node died with the answer, or the answer was lost on the way.
+                answers[host] = HostLost(host, " ".join(str(error).split())[:300])
         return answers
 
     def restart(self, host: int) -> None:
-        """A fresh actor in place of a lost one."""
+        """A fresh actor in place of a lost one.
+
+        Raises:
+            StateLostError: it did not come up either.
+        """
         old = self._actors[host]
         if old is not None:
             ray.kill(old, no_restart=True)
-        self._start([host])
+        lost = self._start([host])
+        if lost:
+            raise StateLostError(lost)
 
     def close(self) -> None:
         """End all actors."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from selffl_ray.config import load_config
-from selffl_ray.driver import Run, RoundRecord, run_rounds
+from selffl_ray.driver import RoundRecord, Run, run_rounds
 from selffl_ray.experiment import Prepared, prepare_experiment
 from selffl_ray.pool import ClientPool, LocalTransport
 

@@ -8,14 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from tests.contract import harness
 
 from selffl_ray import trees
 from selffl_ray.checkpoint import Counters, load_checkpoint, save_checkpoint
 from selffl_ray.driver import run_rounds
 from selffl_ray.participation import RoundPlan
 from selffl_ray.registry import algorithms
-
+from tests.contract import harness
 
 EVERY = pytest.mark.parametrize("name", algorithms.names())
 
@@ -89,12 +88,14 @@ def test_an_update_changes_none_of_its_arguments(name):
     plan = RoundPlan(0, np.asarray(members), prepared.plans[0].learning_rate)
     shared, per_client = prepared.algorithm.broadcast(server, plan)
     stack, state = stack_of(prepared, members)
-    before = [leaf.clone() for part in (server, shared, per_client, state)
-              for _, leaf in trees.leaves(part)]
+    before = [
+        leaf.clone()
+        for part in (server, shared, per_client, state)
+        for _, leaf in trees.leaves(part)
+    ]
     prepared.algorithm.local_update(shared, per_client, state, stack)
     prepared.algorithm.personalize(shared, per_client, state, stack)
-    after = [leaf for part in (server, shared, per_client, state)
-             for _, leaf in trees.leaves(part)]
+    after = [leaf for part in (server, shared, per_client, state) for _, leaf in trees.leaves(part)]
     for old, new in zip(before, after, strict=True):
         assert torch.equal(torch.nan_to_num(old.double()), torch.nan_to_num(new.double()))
 
@@ -114,9 +115,7 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit_on_other_hosts(name, tmp_pa
         tmp_path / "round_1",
         "run",
         harness.start(prepared),
-        prepared.algorithm.init_client(
-            torch.from_numpy(prepared.run_spec.start_params.copy()), 1
-        ),
+        prepared.algorithm.init_client(torch.from_numpy(prepared.run_spec.start_params.copy()), 1),
     )
     other = harness.open_pool(prepared, 3)
     other.import_states(saved.states)

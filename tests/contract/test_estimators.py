@@ -6,11 +6,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-from tests.contract import harness
 
 from selffl_ray.errors import ConfigError
 from selffl_ray.estimators.inter_base import block_from_rows, floored
 from selffl_ray.registry import Component, inter_estimators, intra_estimators
+from tests.contract import harness
 
 INTRA = pytest.mark.parametrize("intra", intra_estimators.names())
 INTER = pytest.mark.parametrize("inter", inter_estimators.names())

@@ -129,8 +129,11 @@ def test_exact_uploads_the_posterior_means_and_its_global_model_is_the_posterior
     config = load_config(result.folder / "config.yaml")
     sizes = np.asarray([len(c) for c in _examples(config)])
     optima = np.stack([c.mean(axis=0) for c in _examples(config)])
-    intra = 20 / np.round(np.geomspace(10, 60, 6)) * np.round(np.geomspace(10, 60, 6)) / (
-        np.geomspace(10, 60, 6)
+    intra = (
+        20
+        / np.round(np.geomspace(10, 60, 6))
+        * np.round(np.geomspace(10, 60, 6))
+        / (np.geomspace(10, 60, 6))
     )
     assert sizes.tolist() == np.round(np.geomspace(10, 60, 6)).tolist()
     personal, _ = hierarchy.personal_posterior(optima, 0.6, intra)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from selffl_ray.estimators.inter_base import (
     Block,
     Floats,
@@ -24,7 +26,10 @@ def solve(block: Block, intra_var_M: Floats) -> float:
     """max(0, (Q - d (M - 1)) / (d (sum a - sum a^2 / sum a))), a = 1 / intra_var."""
     a_M = 1.0 / intra_var_M
     q, _ = precision_spread(required_gram(block), a_M)
-    scale = block.dimension * (a_M.sum() - (a_M**2).sum() / a_M.sum())
+    # sum a - sum a^2 / sum a as a sum over pairs: the difference cancels if one a is much larger.
+    pairs_MM = np.outer(a_M, a_M)
+    np.fill_diagonal(pairs_MM, 0.0)
+    scale = block.dimension * pairs_MM.sum() / a_M.sum()
     return float(max(0.0, (q - block.dimension * (block.num_clients - 1)) / scale))
 
 

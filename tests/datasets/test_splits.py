@@ -1,0 +1,179 @@
+"""Train, validation and test rows of every client, and the clients held out as new."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selffl_ray.datasets.partition import NO_ROWS, Hand
+from selffl_ray.datasets.splits import split_clients
+from selffl_ray.errors import ConfigError, DataError
+
+SHARES = (0.6, 0.2, 0.2)
+
+
+def hands_of(sizes, *, test=0, turns=0):
+    """Clients with rows 0, 1, 2, ... one after the other, and test rows from 10,000 on."""
+    ends = np.cumsum([0, *sizes])
+    return [
+        Hand(
+            f"client-{m}",
+            np.arange(ends[m], ends[m + 1]),
+            np.arange(10_000 + m * test, 10_000 + (m + 1) * test),
+            turns,
+        )
+        for m in range(len(sizes))
+    ]
+
+
+shares = st.tuples(st.floats(0.3, 1), st.floats(0, 1), st.floats(0, 1)).map(
+    lambda s: tuple(part / sum(s) for part in s)
+)
+
+
+@settings(max_examples=100)
+@given(sizes=st.lists(st.integers(5, 60), min_size=1, max_size=6), shares=shares)
+def test_parts_are_disjoint_cover_the_clients_rows_and_have_their_shares(sizes, shares):
+    hands = hands_of(sizes)
+    partition = split_clients(hands, shares, 0.0, 0)
+    for hand, client in zip(hands, partition.clients, strict=True):
+        parts = (client.train, client.val, client.test)
+        assert sorted(np.concatenate(parts).tolist()) == hand.rows.tolist()
+        for part, share in zip(parts, shares, strict=True):
+            assert abs(len(part) - share * len(hand.rows)) <= 1
+        assert client.client_id == hand.client_id
+
+
+def test_usual_shares_give_whole_numbers_exactly():
+    (client,) = split_clients(hands_of([130]), (0.2, 0.2, 0.6), 0.0, 0).clients
+    assert [len(p) for p in (client.train, client.val, client.test)] == [26, 26, 78]
+
+
+def test_shares_are_relative_to_their_sum():
+    """They may be off by a rounding error, which must not leave out a row."""
+    (client,) = split_clients(hands_of([50]), (3.0, 1.0, 1.0), 0.0, 0).clients
+    assert [len(p) for p in (client.train, client.val, client.test)] == [30, 10, 10]
+
+
+def test_parts_are_drawn_at_random_and_training_rows_keep_the_random_order():
+    (client,) = split_clients(hands_of([200]), SHARES, 0.0, 0).clients
+    steps = np.diff(client.train)
+    assert 40 < (steps < 0).sum() < 80, "about half of 119 steps go down"
+    for part in (client.val, client.test):
+        assert (np.diff(part) > 0).all()
+        assert part.min() < 40
+        assert part.max() >= 160
+
+
+def test_a_clients_parts_depend_on_the_seed_and_on_itself_only():
+    def train(sizes, client, seed=0):
+        return split_clients(hands_of(sizes), SHARES, 0.0, seed).clients[client].train.tolist()
+
+    assert train([50, 50], 0) == train([50, 90, 7], 0)
+    assert train([50, 50], 0) != train([50, 50], 0, seed=1)
+    assert train([50, 50], 0) != [row - 50 for row in train([50, 50], 1)]
+
+
+def test_test_rows_of_the_published_part_are_the_clients_test_rows():
+    partition = split_clients(hands_of([20, 30], test=7), (0.8, 0.2, 0.0), 0.0, 0)
+    for client, size in zip(partition.clients, (20, 30), strict=True):
+        assert len(client.train) + len(client.val) == size
+        assert len(client.test) == 7
+        assert client.test.min() >= 10_000
+
+
+def test_turns_are_handed_on():
+    (client,) = split_clients(hands_of([5], turns=3), SHARES, 0.0, 0).clients
+    assert client.quarter_turns == 3
+
+
+# -- new clients ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("share", "held"), [(0.0, 0), (0.1, 1), (0.25, 2), (0.5, 5), (0.94, 9)])
+def test_a_share_of_the_clients_is_held_out_as_new(share, held):
+    partition = split_clients(hands_of([10] * 10), SHARES, share, 0)
+    assert len(partition.new_clients) == held
+    ids = [[c.client_id for c in part] for part in (partition.clients, partition.new_clients)]
+    assert sorted(ids[0] + ids[1]) == [f"client-{m}" for m in range(10)]
+    assert all(part == sorted(part) for part in ids)
+    assert all(len(c.train) == 6 for c in partition.new_clients)
+
+
+def test_who_is_new_is_drawn_with_the_seed():
+    def new(seed):
+        partition = split_clients(hands_of([10] * 30), SHARES, 0.2, seed)
+        return [c.client_id for c in partition.new_clients]
+
+    assert new(0) == new(0)
+    assert new(0) != new(1)
+    assert new(0) != [f"client-{m}" for m in range(6)]
+
+
+def test_holding_a_client_out_changes_no_split():
+    everybody = split_clients(hands_of([10] * 8), SHARES, 0.0, 0)
+    held = split_clients(hands_of([10] * 8), SHARES, 0.5, 0)
+    by_id = {c.client_id: c.train.tolist() for c in everybody.clients}
+    for client in (*held.clients, *held.new_clients):
+        assert client.train.tolist() == by_id[client.client_id]
+
+
+# -- digest ---------------------------------------------------------------------------------------
+
+
+def test_the_digest_changes_with_anything_that_changes_training_or_tests():
+    def digest(hands=None, shares=SHARES, new=0.0, seed=0):
+        return split_clients(hands or hands_of([20] * 10), shares, new, seed).digest
+
+    renamed = hands_of([20] * 10)
+    renamed[3] = renamed[3]._replace(client_id="somebody")
+    other_row = hands_of([20] * 10)
+    other_row[3] = other_row[3]._replace(rows=np.append(other_row[3].rows[:-1], 999))
+    turned = hands_of([20] * 10)
+    turned[3] = turned[3]._replace(quarter_turns=1)
+    digests = [
+        digest(),
+        digest(seed=1),
+        digest(shares=(0.5, 0.3, 0.2)),
+        digest(shares=(0.6, 0.3, 0.1)),
+        digest(new=0.1),
+        digest(renamed),
+        digest(other_row),
+        digest(turned),
+        digest(hands_of([20] * 9)),
+        digest(list(reversed(hands_of([20] * 10)))),
+        digest(hands_of([20] * 10, test=1), shares=(0.6, 0.4, 0.0)),
+        digest(hands_of([20] * 10, test=2), shares=(0.6, 0.4, 0.0)),
+    ]
+    assert len(set(digests)) == len(digests)
+    assert digest() == digests[0]
+
+
+# -- errors ---------------------------------------------------------------------------------------
+
+
+def test_a_client_without_examples_is_named():
+    hands = [*hands_of([5, 6]), Hand("empty", NO_ROWS, NO_ROWS)]
+    with pytest.raises(DataError, match=r"client 'empty' has no examples; lower .*num_clients"):
+        split_clients(hands, SHARES, 0.0, 0)
+
+
+def test_a_client_without_training_examples_is_named():
+    message = r"client 'client-1' has 2 examples .*\[0\.2, 0\.2, 0\.6\] none of them is for train"
+    with pytest.raises(DataError, match=message):
+        split_clients(hands_of([10, 2]), (0.2, 0.2, 0.6), 0.0, 0)
+
+
+def test_a_share_of_test_beside_published_test_rows_is_refused():
+    message = r"share of test must be 0, got \[0\.6, 0\.2, 0\.2\]; give \[train, val, 0\]"
+    with pytest.raises(ConfigError, match=message):
+        split_clients(hands_of([10, 10], test=3), SHARES, 0.0, 0)
+
+
+def test_holding_out_everybody_or_nobody_is_refused():
+    with pytest.raises(ConfigError, match=r"new_clients: 0\.9 of 3 clients leaves none to train"):
+        split_clients(hands_of([10] * 3), SHARES, 0.9, 0)
+    with pytest.raises(ConfigError, match=r"new_clients: 0\.1 of 3 clients is none; raise it, or"):
+        split_clients(hands_of([10] * 3), SHARES, 0.1, 0)

@@ -1,0 +1,202 @@
+"""A Ray of our own ends with us; one that was there before does not."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from selffl_ray.runtime.cluster import LOOPBACK, cluster
+from tests.runtime.processes import Sandbox
+
+pytestmark = pytest.mark.ray
+
+RUN = (
+    "run",
+    "--set=training.num_rounds=2",
+    "--set=placement.clients_per_actor=14",
+    "--set=tracking.enabled=false",
+)
+PLUGIN = '''
+"""A method of the user's own, which says what it did where."""
+import os
+from dataclasses import dataclass, replace
+from selffl_ray.algorithms.fedavg import FedAvgConfig, fedavg
+from selffl_ray.registry import register_algorithm
+
+@dataclass(frozen=True, kw_only=True)
+class MineConfig:
+    notes: str = ""
+
+@register_algorithm("mine", MineConfig)
+def mine(config, federation):
+    """FedAvg that takes notes."""
+    honest = fedavg(FedAvgConfig(), federation)
+
+    def note(what):
+        with open(config.notes, "a") as file:
+            file.write(f"{what} {os.getpid()}\\n")
+
+    def local_update(shared, per_client, state, stack):
+        note("client")
+        return honest.local_update(shared, per_client, state, stack)
+
+    def aggregate(server, sums, reports):
+        note("server")
+        return honest.aggregate(server, sums, reports)
+
+    return replace(honest, local_update=local_update, aggregate=aggregate)
+'''
+
+
+@pytest.fixture
+def sandbox(tmp_path):
+    """Commands of a test; none of them outlives it."""
+    box = Sandbox(tmp_path)
+    yield box
+    box.end_all()
+
+
+@pytest.fixture(scope="module")
+def existing(tmp_path_factory):
+    """A cluster that somebody else started: its sandbox and its address."""
+    box = Sandbox(tmp_path_factory.mktemp("cluster"))
+    # Paths of sockets must be short.
+    temporary = tempfile.mkdtemp(prefix="selffl-", dir="/tmp")
+    give_token(box)
+    ports = free_ports(4)
+    process = box.start(
+        str(Path(sys.executable).with_name("ray")),
+        *("start", "--head", "--block", "--num-cpus=2", f"--temp-dir={temporary}"),
+        *(f"--node-ip-address={LOOPBACK}", "--include-dashboard=false", f"--port={ports[0]}"),
+        *(f"--dashboard-port={ports[1]}", f"--dashboard-agent-listen-port={ports[2]}"),
+        f"--ray-client-server-port={ports[3]}",
+        RAY_AUTH_MODE="token",
+        output=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(box, process, ports[0])
+        yield box, f"{LOOPBACK}:{ports[0]}"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        box.all_gone(within_s=20)
+        box.end_all()
+        process.wait(timeout=20)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def give_token(box):
+    """A token of the sandbox's own; whoever does not have it cannot connect."""
+    folder = box.home / ".ray"
+    folder.mkdir()
+    (folder / "auth_token").write_text(secrets.token_hex(32))
+
+
+def free_ports(count):
+    """Ports that nobody listens on, above those that Ray's workers take."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind((LOOPBACK, 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def wait_for(box, process, port):
+    deadline = time.monotonic() + 60
+    while not (ports_open(f"{LOOPBACK}:{port}") and raylets(box)):
+        assert process.poll() is None, f"ray start ended with {process.returncode}"
+        assert time.monotonic() < deadline, "ray start did not start a node"
+        time.sleep(0.2)
+
+
+def raylets(box):
+    """Ray's node processes of a sandbox."""
+    return {process.pid for process in box.alive() if "raylet" in process.name()}
+
+
+def ports_open(address):
+    host, _, port = address.partition(":")
+    with contextlib.suppress(OSError):
+        socket.create_connection((host, int(port)), timeout=5).close()
+        return True
+    return False
+
+
+def test_a_connection_that_exists_is_used_and_left_open(local_ray):
+    with cluster() as here:
+        assert not here.ours
+        assert [(node.cpus, node.gpus) for node in here.nodes] == [(2.0, 2.0)]
+    assert local_ray.is_initialized()
+
+
+def test_an_existing_cluster_is_used_with_plugins_and_outlives_the_run(existing, tmp_path):
+    box, address = existing
+    (box.folder / "my_plugin.py").write_text(PLUGIN)
+    notes = tmp_path / "notes"
+    before = raylets(box)
+    assert len(before) == 1
+    done = box.selffl(
+        *RUN,
+        "--set=plugins=[my_plugin]",
+        f"--set=method={{name: mine, notes: {notes}}}",
+        f"--output={tmp_path / 'run'}",
+        RAY_ADDRESS=address,
+        RAY_AUTH_MODE="token",
+    )
+    assert done.status == 0, done.err
+    assert (tmp_path / "run" / "rounds.parquet").exists()
+    wrote = dict(line.split() for line in notes.read_text().splitlines())
+    # The driver actor and the client actor: two processes of that cluster.
+    assert set(wrote) == {"client", "server"}
+    assert wrote["client"] != wrote["server"]
+    assert ports_open(address)
+    assert raylets(box) == before
+
+
+def test_a_cluster_that_refuses_our_token_is_a_usage_error_with_the_remedy(existing, sandbox):
+    give_token(sandbox)
+    done = sandbox.selffl(*RUN, RAY_ADDRESS=existing[1], RAY_AUTH_MODE="token")
+    assert done.status == 2
+    last = done.err.splitlines()[-1]
+    assert last.startswith(f"selffl: RAY_ADDRESS={existing[1]} cannot be reached")
+    assert "RAY_AUTH_MODE=token" in last
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("address", ["closed port", "nonsense"])
+def test_an_unreachable_cluster_is_one_clear_line_at_once(sandbox, address):
+    if address == "closed port":
+        address = f"{LOOPBACK}:{free_ports(1)[0]}"
+    done = sandbox.selffl(*RUN, RAY_ADDRESS=address)
+    assert done.status == 2
+    assert done.err.startswith(f"selffl: RAY_ADDRESS={address} cannot be reached")
+    assert "unset RAY_ADDRESS" in done.err
+    assert done.err.count("\n") == 1
+    # Ray by itself tries for more than five minutes.
+    assert done.seconds < 60
+
+
+def test_a_ray_of_our_own_is_gone_when_the_command_ends(sandbox):
+    process = sandbox.start(
+        *(sys.executable, "-m", "selffl_ray", *RUN, f"--output={sandbox.folder / 'run'}")
+    )
+    seen = set()
+    deadline = time.monotonic() + 90
+    while process.poll() is None and time.monotonic() < deadline:
+        seen |= {p.pid for p in sandbox.alive()}
+        time.sleep(0.2)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 0, err
+    assert "selffl-two_tap" in out
+    # The command, GCS, raylet, a driver actor, a client actor, and Ray's helpers.
+    assert len(seen) > 5
+    assert sandbox.all_gone(within_s=15), sandbox.alive()

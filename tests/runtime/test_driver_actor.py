@@ -1,0 +1,159 @@
+"""The driver actor: what it tells meanwhile, how it is stopped, and how its end is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+from selffl_ray.api import Interrupt, run_experiment
+from selffl_ray.config import load_config
+from selffl_ray.errors import ClientError, ConfigError, RunError, SelfFLError
+from selffl_ray.run_loop import Progress
+from selffl_ray.runtime import driver_actor
+from selffl_ray.runtime.placement import PlacementPlan
+from tests.runtime.processes import Sandbox
+
+pytestmark = pytest.mark.ray
+
+ROUNDS = 100
+LONG = (
+    f"training.num_rounds={ROUNDS}",
+    "training.num_local_steps=3",
+    "evaluation.every=100",
+    "placement.clients_per_actor=14",
+    "tracking.enabled=false",
+)
+
+
+def follow(job, *arguments, watch=lambda event: None, driver_cpus=0.1):
+    """Do a job in a driver actor."""
+    return driver_actor.follow(
+        job,
+        arguments,
+        plan=PlacementPlan((), driver_cpus, ""),
+        label=f"test-{job.__name__}",
+        watch=watch,
+        interrupted=lambda: False,
+    )
+
+
+def emit_many(control, count):
+    for number in range(count):
+        control.emit(number)
+        time.sleep(0.002)
+    return "done"
+
+
+def test_events_arrive_once_and_in_order_and_then_the_result(local_ray):
+    seen = []
+    assert follow(emit_many, 500, watch=seen.append) == "done"
+    assert seen == list(range(500))
+
+
+def fail(control, error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigError("training.num_rounds must be >= 1, got 0"),
+        RunError("round 3: nobody answered"),
+        ClientError("out of memory", "form-03", 7, "local_update"),
+    ],
+    ids=["config", "run", "client"],
+)
+def test_an_error_of_the_job_comes_back_as_it_was_raised(local_ray, error):
+    with pytest.raises(SelfFLError) as caught:
+        follow(fail, error)
+    assert isinstance(caught.value, type(error))
+    assert str(caught.value) == str(error)
+    assert caught.value.args == error.args
+
+
+def die(control):
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def test_a_driver_actor_that_is_killed_is_an_error_and_no_hang(local_ray):
+    began = time.monotonic()
+    with pytest.raises(RunError, match="the driver actor died"):
+        follow(die)
+    assert time.monotonic() - began < 60
+
+
+class Greedy:
+    """Takes the CPUs that it reserves, and nothing else."""
+
+    def here(self):
+        return True
+
+
+def test_a_driver_actor_that_finds_no_room_is_an_error_and_no_hang(local_ray, monkeypatch):
+    monkeypatch.setattr(driver_actor, "ANSWER_S", 2.0)
+    other = local_ray.remote(Greedy).options(num_cpus=2).remote()
+    try:
+        assert local_ray.get(other.here.remote(), timeout=60)
+        with pytest.raises(RunError, match=r"did not answer within 2 s.* 0\.1 CPU"):
+            follow(emit_many, 1)
+    finally:
+        local_ray.kill(other)
+
+
+def test_a_driver_actor_that_never_can_find_room_is_an_error_and_no_hang(local_ray):
+    with pytest.raises(RunError, match="not schedulable"):
+        follow(emit_many, 1, driver_cpus=100)
+
+
+def test_a_stopped_run_ends_after_its_round_and_goes_on_to_the_same_end(local_ray, tmp_path):
+    undisturbed = load_config(None, (*LONG, "placement.backend=local"))
+    whole = run_experiment(undisturbed, output=tmp_path / "whole").rounds
+    config, interrupt, seen = load_config(None, LONG), Interrupt(), []
+
+    def watch(event):
+        assert isinstance(event, Progress)
+        seen.append(event.round_index)
+        interrupt.set()
+
+    folder = tmp_path / "run"
+    stopped = run_experiment(config, output=folder, watch=watch, interrupt=interrupt)
+    last = seen[-1]
+    assert last < ROUNDS - 1
+    assert stopped.summary["status"] == "STOPPED"
+    assert stopped.summary["rounds"] == last + 1
+    newest = max(int(p.name.removeprefix("round_")) for p in (folder / "checkpoints").iterdir())
+    assert newest == last
+    resumed = run_experiment(config, resume=folder, watch=lambda e: seen.append(e.round_index))
+    assert resumed.summary["status"] == "FINISHED"
+    assert seen == list(range(ROUNDS))
+    assert resumed.rounds["digest"].tolist() == whole["digest"].tolist()
+
+
+def test_ctrl_c_ends_a_run_on_its_own_ray_cleanly(tmp_path):
+    """As a terminal sends it: to the command and to the Ray processes of its group."""
+    box = Sandbox(tmp_path)
+    process = box.start(
+        *(sys.executable, "-m", "selffl_ray", "run", "--output=run"),
+        *("--set=training.num_rounds=5000", "--set=evaluation.every=10"),
+        *("--set=placement.clients_per_actor=14", "--set=tracking.enabled=false"),
+    )
+    try:
+        assert "round 10/5000" in process.stderr.readline()
+        assert len(box.alive()) > 5
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "Traceback" not in err
+        rounds = len(pd.read_parquet(tmp_path / "run" / "rounds.parquet"))
+        assert out.splitlines()[0] == f"stopped after {rounds} rounds; go on with"
+        assert out.splitlines()[1] == f"  selffl run --resume {tmp_path / 'run'}"
+        assert (tmp_path / "run" / "checkpoints" / f"round_{rounds - 1}").is_dir()
+        assert box.all_gone(within_s=15), box.alive()
+    finally:
+        box.end_all()
