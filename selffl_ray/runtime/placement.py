@@ -219,6 +219,9 @@ def _cpu_share(config: PlacementConfig, gpus: Sequence[float], nodes: Sequence[N
         asked = [(grains / GRAIN, gpu) for gpu in gpus]
         return _without_room(DRIVER_CPUS, asked, nodes) is not None
 
+    if too_much(1):
+        # The GPUs do not fit, whatever the share: the message is to show the CPUs as they would be.
+        gpus = [0.0] * len(gpus)
     # Not what there is over the number of actors: what is left over on each machine is lost.
     return max(1, bisect.bisect_left(range(GRAIN + 1), True, lo=1, key=too_much) - 1) / GRAIN
 
