@@ -46,7 +46,7 @@ RATES = ("0.03", "0.1", "0.3")
 NOTE = """Local training stands here twice: as chosen by the prototype's rule (rate and number of
 steps by the sum of both accuracies on seed 100), and with 100 steps, the shortest choice of its
 grid. The choice moves its figures by more than the tolerance, and which one the prototype made is
-not on record. All other rows are single configurations."""
+not on record. Self-FL rows are single configurations."""
 
 
 class Variant(NamedTuple):

@@ -228,7 +228,7 @@ def _launch(
         plan = placement_of(first, [])
         done = run_in_thread(jobs, plan, label, watch, interrupt.is_set)
     else:
-        if not os.environ.get("RAY_ADDRESS") and not _ray_is_running():
+        if not os.environ.get("RAY_ADDRESS") and not ray_is_running():
             # Refused before Ray is started, if this machine alone cannot do it.
             placement_of(first, this_machine())
         with cluster() as ray_cluster:
@@ -247,7 +247,7 @@ def placement_of(prepared: Prepared, nodes: Sequence[Any]) -> PlacementPlan:
     return plan_placement(config, nodes, prepared.client_ids, prepared.work)
 
 
-def _ray_is_running() -> bool:
+def ray_is_running() -> bool:
     """Whether this process is connected to a Ray already."""
     ray = sys.modules.get("ray")
     return bool(ray is not None and ray.is_initialized())

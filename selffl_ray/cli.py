@@ -109,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = _Commands(parser)
     _add_run(commands)
     _add_compare(commands)
+    _add_tune(commands)
     _add_data(commands)
     verify = commands.add(
         "verify",
@@ -174,6 +175,21 @@ def _add_compare(commands: _Commands) -> None:
     )
     compare.add_argument("--seeds", metavar="0,1,2", help="default: the configuration's seed")
     compare.set_defaults(command="compare")
+
+
+def _add_tune(commands: _Commands) -> None:
+    example = "selffl tune tune_configs/smoke.yaml --output runs/smoke"
+    tune = commands.add("tune", "Run a Ray Tune sweep over a space of configurations.", example)
+    tune.add_argument("sweep", nargs="?", metavar="SWEEP.yaml", help="see tune_configs/")
+    _add_set(tune, "seeds=[0] or base.training.num_rounds=5")
+    tune.add_argument("--output", metavar="DIR", help="folder of the sweep (default: in runs/)")
+    tune.add_argument("--resume", metavar="SWEEP_DIR", help="go on with a sweep that was stopped")
+    tune.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="list the configurations, the number of trials, time and memory; start nothing",
+    )
+    tune.set_defaults(command="tune")
 
 
 def _add_data(commands: _Commands) -> None:

@@ -24,15 +24,18 @@ from selffl_ray.api import (
     run_experiment,
 )
 from selffl_ray.config import ExperimentConfig, load_config, to_yaml
-from selffl_ray.console import ProgressPrinter, comparison_table, text_table
+from selffl_ray.console import ProgressPrinter, comparison_table, ranking_table, text_table
 from selffl_ray.datasets.store import prepare, store_root
 from selffl_ray.describe import describe, draw
 from selffl_ray.doctor import examine
 from selffl_ray.errors import ConfigError, SelfFLError
-from selffl_ray.estimate import estimate_run
+from selffl_ray.estimate import estimate_run, estimate_sweep
 from selffl_ray.experiment import prepare_experiment
 from selffl_ray.registry import Component, datasets
 from selffl_ray.runtime.cluster import cluster, this_machine
+from selffl_ray.sweep import SweepConfig, load_sweep
+from selffl_ray.sweep_plan import plan_sweep
+from selffl_ray.sweep_run import run_sweep
 from selffl_ray.tracking import TrackingConfig, quiet_mlflow, resolve_uri, without_password
 from selffl_ray.verification import verify_run
 
@@ -168,6 +171,72 @@ def _where_to_look(config: ExperimentConfig, result: Result, say: Say) -> None:
             f"curves:  selffl ui {shlex.quote(str(result.folder))}   (MLflow, experiment "
             f"{config.experiment!r}: test/global_accuracy and test/local_accuracy)"
         )
+
+
+def tune(options: argparse.Namespace, say: Say) -> int:
+    """``selffl tune``."""
+    if options.resume:
+        if options.sweep or options.output or options.set:
+            raise ConfigError(
+                "--resume SWEEP_DIR goes on with that folder's own sweep.yaml; drop SWEEP.yaml, "
+                "--set and --output"
+            )
+        sweep = load_sweep(Path(options.resume) / "sweep.yaml")
+    elif options.sweep:
+        sweep = load_sweep(Path(options.sweep), options.set)
+    else:
+        raise ConfigError("tune needs a SWEEP.yaml, as in tune_configs/, or --resume SWEEP_DIR")
+    if options.dry_run:
+        return _dry_sweep(sweep, say)
+    with watching(say) as printer, sigterm_as_ctrl_c():
+        result = run_sweep(
+            sweep,
+            output=options.output,
+            resume=options.resume,
+            watch=printer,
+            command=shlex.join(
+                ["selffl", "tune", str(options.sweep), *(f"--set={s}" for s in options.set)]
+            ),
+        )
+    last = "confirm" if "confirm" in result.rows else "select"
+    name = "confirm" if last == "confirm" else "results"
+    say.out(ranking_table(result.ranking, result.rows[last], sweep.metric))
+    say.out(f"table:   {result.folder / name}.md   (and .csv, a row a trial)")
+    say.out(f"Tune:    tensorboard --logdir {shlex.quote(str(result.folder / 'tune'))}")
+    say.out(
+        "curves:  selffl ui   (MLflow, experiment " + f"{sweep.experiment!r}, grouped by parent)"
+    )
+    if not result.complete:
+        say.out("stopped; go on with")
+        say.out(f"  selffl tune --resume {shlex.quote(str(result.folder))}")
+        return STOPPED
+    if result.failed:
+        rows = result.rows[last]
+        failed = rows[rows["status"] == "FAILED"]
+        first = failed.iloc[0] if len(failed) else result.rows["select"].iloc[0]
+        say.out(f"{result.failed} trials failed; the first: {first['trial']}: {first['error']}")
+        return 1
+    return 0
+
+
+def _dry_sweep(sweep: SweepConfig, say: Say) -> int:
+    nodes = this_machine()
+    plan = plan_sweep(sweep, nodes)
+    for one in plan.chosen:
+        say.out(f"{one.number:4d}  {one.label}")
+    for line in estimate_sweep(plan, sum(n.cpus for n in nodes)):
+        say.out(f"# {line}")
+    return 0
+
+
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Ray Tune ends a sweep cleanly on Ctrl-C; let SIGTERM do the same."""
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def data_list(options: argparse.Namespace, say: Say) -> int:

@@ -181,7 +181,11 @@ def apply_setting(raw: Raw, setting: str) -> None:
     key, equals, text = setting.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"--set {setting!r}: write dotted.key=value, as in training.num_rounds=5")
-    value = _from_yaml(text, f"--set {key}: the value {_shown(text)}")
+    apply_value(raw, key, _from_yaml(text, f"--set {key}: the value {_shown(text)}"))
+
+
+def apply_value(raw: Raw, key: str, value: Any) -> None:
+    """Write a plain value under a dotted key into a raw configuration (which is changed)."""
     at = raw
     *parents, last = key.split(".")
     for parent in parents:
@@ -204,7 +208,7 @@ def parse_config(raw: Raw, folder: Path) -> ExperimentConfig:
     options = {k: v for k, v in _mapping(raw.get("data"), "data").items() if k not in own}
     chosen = _parse_component(datasets, options, "data", DataConfig().component, own)
     dataset: Dataset = datasets.make(chosen)
-    config = _parse(ExperimentConfig, _under(raw, dataset.defaults), "")
+    config = parse_part(ExperimentConfig, _under(raw, dataset.defaults), "")
     usual = dataset.defaults.get("evaluation", {}).get("splits", USUAL_SPLITS)
     splits = config.evaluation.splits or tuple(usual)
     tracking = config.tracking
@@ -276,8 +280,12 @@ def _mapping(raw: Any, path: str) -> Raw:
     return raw
 
 
-def _parse(kind: type[Value], raw: Any, path: str, beside: Collection[str] = ()) -> Value:
-    """A frozen dataclass from a mapping, recursively; ``beside`` are keys read elsewhere."""
+def parse_part(kind: type[Value], raw: Any, path: str, beside: Collection[str] = ()) -> Value:
+    """A frozen dataclass from a mapping, recursively; ``beside`` are keys read elsewhere.
+
+    Raises:
+        ConfigError: an unknown key, with the nearest one, or a value of another type.
+    """
     raw = dict(_mapping(raw, path))
     hints = get_type_hints(kind, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -344,7 +352,7 @@ def _parse_value(hint: Any, value: Any, where: str, spec: dataclasses.Field[Any]
         if dataclasses.is_dataclass(option):
             if value is None and types.NoneType in options:
                 return None
-            return _parse(option, value, where)  # type: ignore[arg-type]
+            return parse_part(option, value, where)  # type: ignore[arg-type]
     return check_type(hint, value, where)
 
 
@@ -387,7 +395,7 @@ def _parse_component(
                 f"{name} has {', '.join(entry.presets)}"
             )
         raw = _under(raw, entry.presets[preset])
-    return Component(name, _parse(entry.config_type, raw, path, {"name", *beside}))
+    return Component(name, parse_part(entry.config_type, raw, path, {"name", *beside}))
 
 
 def parse_component(registry: Registry, raw: Raw, path: str) -> Component:
@@ -419,7 +427,12 @@ def to_raw(value: Any, hint: Any = None) -> Any:
 
 def to_yaml(config: ExperimentConfig) -> str:
     """The resolved configuration; reading it back gives an equal one."""
-    return yaml.dump(to_raw(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return dump_yaml(to_raw(config))
+
+
+def dump_yaml(raw: Raw) -> str:
+    """Plain values as YAML that reads back equal."""
+    return yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def flatten(raw: Any, prefix: str = "") -> dict[str, str]:

@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from selffl_ray.run_loop import Progress
+from selffl_ray.sweep_results import Ranked, interval, shown
+from selffl_ray.sweep_run import SweepProgress
 
 Row = Mapping[str, Any]
 
@@ -35,6 +38,22 @@ def progress_line(event: Progress) -> str:
         break
     parts.append(f"{event.participants} clients")
     parts.append(f"{duration(left)} left" if left else f"{duration(event.seconds)}")
+    return "  ".join(parts)
+
+
+def sweep_line(event: SweepProgress) -> str:
+    """Trials done and failed, the best value so far, and the time that is left."""
+    parts = [f"{event.stage}  {event.done}/{event.total} trials"]
+    if event.failed:
+        parts.append(f"{event.failed} failed")
+    if event.best is not None:
+        value, label = event.best
+        percent = "accuracy" in event.metric
+        shown = _number(value, 100 if percent else 1)
+        parts.append(f"best {event.metric} {shown}{' %' if percent else ''} ({label})")
+    left = event.seconds / max(event.started_done, 1) * (event.total - event.done)
+    known = event.started_done > 0 and left > 0
+    parts.append(f"{duration(left)} left" if known else duration(event.seconds))
     return "  ".join(parts)
 
 
@@ -113,6 +132,36 @@ def comparison_table(summaries: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+MOST_RANKED = 15
+"""Configurations that the table on the terminal shows."""
+
+
+def ranking_table(ranking: Sequence[Ranked], rows: pd.DataFrame, metric: str) -> str:
+    """The best configurations of a sweep, with intervals over seeds."""
+    if not ranking:
+        return "no configuration has finished with all of its seeds"
+    tests = [m for m in ("test/local_accuracy", "test/global_accuracy") if m in rows]
+    header = ["configuration", metric, "minus reference", *tests]
+    table = []
+    for one in ranking[:MOST_RANKED]:
+        own = rows[rows["configuration"] == one.configuration]
+        difference = one.difference
+        table.append(
+            [
+                one.label,
+                shown(one.value, metric),
+                "-" if difference is None else shown(difference, metric, signed=True),
+                *(shown(interval(own[name].tolist()), name) for name in tests),
+            ]
+        )
+    lines = [text_table(header, table)]
+    if len(ranking) > MOST_RANKED:
+        lines.append(f"(the best {MOST_RANKED} of {len(ranking)})")
+    seeds = ", ".join(map(str, ranking[0].seeds))
+    lines.append(f"(mean ± 95 % interval over seeds {seeds}; differences paired by seed)")
+    return "\n".join(lines)
+
+
 UNEQUAL = 1.5
 """Ratio of gradient steps from which a comparison says that they differ."""
 
@@ -153,19 +202,29 @@ class ProgressPrinter:
         self._write = write
         self._live = sys.stderr.isatty() if live is None else live
         self._open = False
+        self._trials_done = -1
 
     def __call__(self, event: Any) -> None:
-        """Show a Progress or a Message."""
-        if not isinstance(event, Progress):
+        """Show a Progress, a SweepProgress or a Message."""
+        if isinstance(event, Progress):
+            last = event.round_index + 1 == event.num_rounds
+            self._show(progress_line(event), last, last or "time/eval_s" in event.metrics)
+        elif isinstance(event, SweepProgress):
+            last = event.done == event.total
+            news = event.done != self._trials_done
+            self._trials_done = event.done
+            self._show(sweep_line(event), last, news)
+        else:
             self.end()
             self._write(f"{event.text}\n")
-            return
-        last = event.round_index + 1 == event.num_rounds
+
+    def _show(self, line: str, last: bool, news: bool) -> None:
+        """Rewrite the live line; elsewhere a line of its own, if it is news."""
         if self._live:
-            self._write(f"\r\x1b[2K{progress_line(event)}" + ("\n" if last else ""))
+            self._write(f"\r\x1b[2K{line}" + ("\n" if last else ""))
             self._open = not last
-        elif "time/eval_s" in event.metrics or last:
-            self._write(f"{progress_line(event)}\n")
+        elif news:
+            self._write(f"{line}\n")
 
     def end(self) -> None:
         """Leave the live line as it stands."""

@@ -117,7 +117,7 @@ def run_rounds(
             uncertainty=record.uncertainty,
         )
         if plan.round_index in run.evaluation.rounds:
-            _evaluate(run, done)
+            evaluate(run, done)
         yield done
 
 
@@ -191,7 +191,7 @@ def _digest(server: Any, answers: RoundAnswers) -> str:
     return digest((leaf for _, leaf in trees.leaves(server)), [*answers.accepted.tolist(), *counts])
 
 
-def _evaluate(run: Run, done: RoundRecord) -> None:
+def evaluate(run: Run, done: RoundRecord) -> None:
     """Score everybody on the newest broadcast and the newest states; adds to the record."""
     began = time.perf_counter()
     algorithm, plan = run.algorithm, run.evaluation

@@ -10,7 +10,8 @@ import torch
 from selffl_ray.console import duration, size
 from selffl_ray.experiment import Prepared
 from selffl_ray.gradients import RowEngine
-from selffl_ray.runtime.placement import PlacementPlan
+from selffl_ray.runtime.placement import ACTOR_BYTES, PlacementPlan
+from selffl_ray.sweep_plan import SweepPlan
 from selffl_ray.tasks import REGRESSION
 
 
@@ -18,15 +19,14 @@ def estimate_run(prepared: Prepared, plan: PlacementPlan) -> list[str]:
     """Lines for a person. Time is extrapolated from one gradient step tried here."""
     training, federation = prepared.config.training, prepared.federation
     cohorts = [plan_.cohort for plan_ in prepared.plans]
-    steps_M = np.asarray([training.steps(int(n)) for n in federation.num_examples_M])
-    steps = int(sum(steps_M[cohort].sum() for cohort in cohorts))
+    steps = num_steps(prepared)
     traffic = [prepared.algorithm.traffic(p) for p in prepared.plans]
     width = torch.empty(0, dtype=federation.spec.dtype).element_size()
     sent = sum((t.down + t.up) * width * len(c) for t, c in zip(traffic, cohorts, strict=True))
     # Each actor computes with one thread, and all of them together on the cores that they share.
     cores = max(1, round(sum(a.cpus for a in plan.actors)))
     workers = min(len(plan.actors), cores)
-    seconds = steps * _step_seconds(prepared) / workers
+    seconds = steps * step_seconds(prepared) / workers
     rows = sum(len(c.train) + len(c.val) + len(c.test) for c in prepared.clients)
     data = rows * int(np.prod(prepared.dataset.shape.input_shape)) * 4
     return [
@@ -37,24 +37,61 @@ def estimate_run(prepared: Prepared, plan: PlacementPlan) -> list[str]:
     ]
 
 
-def _step_seconds(prepared: Prepared) -> float:
-    """One client's gradient step, the best of three."""
+TRIAL_START_S = 3.0
+"""Start of a trial whose actors serve from the last one: reading data, tables, MLflow."""
+
+
+def estimate_sweep(plan: SweepPlan, cpus: float) -> list[str]:
+    """Lines for a person: trials, how many at once, hours and memory."""
+    sweep, count = plan.sweep, len(plan.first.trials)
+    side_by_side = max(1, int(cpus / sweep.cpus_per_trial))
+    side_by_side = min(side_by_side, sweep.concurrent or side_by_side, count)
+    step = {}
+    seconds = 0.0
+    for prepared in plan.prepared:
+        spec = prepared.federation.spec
+        key = (spec.num_params, prepared.config.training.batch_size)
+        if key not in step:
+            step[key] = step_seconds(prepared)
+        seconds += len(sweep.seeds) * (num_steps(prepared) * step[key] + TRIAL_START_S)
+    actors = 1 + max(len(p.actors) for p in plan.first.plans)
+    more = ""
+    if sweep.confirm is not None:
+        best, seeds = sweep.confirm.top, len(sweep.confirm.seeds)
+        more = f"; then {best} configurations with {seeds} fresh seeds (and the reference)"
+    return [
+        f"{len(plan.chosen)} configurations x {len(sweep.seeds)} seeds = {count} trials, "
+        f"{side_by_side} at once{more}",
+        f"about {duration(seconds / side_by_side)} for training and starts, besides evaluation",
+        f"about {side_by_side * actors * ACTOR_BYTES / 2**30:.1f} GiB for the actors",
+    ]
+
+
+def num_steps(prepared: Prepared) -> int:
+    """Local steps of all clients over the whole run; readouts and probes aside."""
+    training = prepared.config.training
+    steps_M = np.asarray([training.steps(int(n)) for n in prepared.federation.num_examples_M])
+    return int(sum(steps_M[plan.cohort].sum() for plan in prepared.plans))
+
+
+def step_seconds(prepared: Prepared) -> float:
+    """One client's gradient step in a stack of the usual height, the best of five."""
     model, task = prepared.model, prepared.dataset.task
     engine = RowEngine(model, task, torch.device("cpu"))
     size_ = max(len(c.train) for c in prepared.clients)
     length = prepared.config.training.batch_length(size_)
-    shape = model.shape
-    x = torch.zeros((1, length, *shape.input_shape))
+    shape, count = model.shape, min(prepared.run_spec.stack_size, len(prepared.clients))
+    x = torch.zeros((count, length, *shape.input_shape))
     if shape.num_tokens is not None:
         x = x.long()
-    y = torch.zeros((1, length), dtype=torch.int64)
+    y = torch.zeros((count, length), dtype=torch.int64)
     if task is REGRESSION:
-        y = torch.zeros((1, length, 2, 2, shape.num_outputs), dtype=model.spec.dtype)
-    theta = torch.from_numpy(prepared.run_spec.start_params)[None]
-    weight = torch.full((1, length), 1.0 / length, dtype=model.spec.dtype)
+        y = torch.zeros((count, length, 2, 2, shape.num_outputs), dtype=model.spec.dtype)
+    theta = torch.from_numpy(prepared.run_spec.start_params).repeat(count, 1)
+    weight = torch.full((count, length), 1.0 / length, dtype=model.spec.dtype)
     best = float("inf")
-    for _ in range(3):
+    for _ in range(5):
         began = time.perf_counter()
         engine.loss_and_grad(theta, x, y, weight)
         best = min(best, time.perf_counter() - began)
-    return best
+    return best / count

@@ -57,6 +57,8 @@ class EvaluationConfig:
     """Share of the clients that never train: they are adapted to and tested as new."""
     max_clients: int | None = None
     """Evaluate a fixed sample of so many clients, the same for every method; all by default."""
+    score_test: bool = True
+    """Score test examples and new clients; false keeps them sealed while something is selected."""
 
     def __post_init__(self) -> None:
         for name in ("every", "last", "max_clients"):
@@ -211,14 +213,21 @@ def split_metrics(scores: ClientScores, split: str, task: Task) -> dict[str, flo
     return {f"{split}/{k}": float(v) for k, v in metrics.items() if not math.isnan(v)}
 
 
+SPREADS = ("_mean", "_std", "_worst10", "_best10")
+
+
+def metric_names(score_name: str) -> tuple[str, ...]:
+    """All names that :func:`split_metrics` can give, without the split."""
+    scores = [f"{who}_{score_name}" for who in ("global", "local")]
+    spreads = [f"local_{score_name}{end}" for end in SPREADS]
+    others = (f"global_{score_name}_on_clients", "global_loss", "local_loss")
+    return (*scores, *spreads, *others, "clients_harmed_vs_global")
+
+
 def _spread(values_M: Floats, higher_is_better: bool) -> dict[str, float]:
     if np.isnan(values_M).any():  # sorting would put the worst client of all beyond the best
         return {}
     tenth = math.ceil(0.1 * len(values_M))
     ordered = np.sort(values_M if higher_is_better else -values_M) * (1 if higher_is_better else -1)
-    return {
-        "_mean": float(values_M.mean()),
-        "_std": float(values_M.std()),
-        "_worst10": float(ordered[:tenth].mean()),
-        "_best10": float(ordered[-tenth:].mean()),
-    }
+    found = (values_M.mean(), values_M.std(), ordered[:tenth].mean(), ordered[-tenth:].mean())
+    return {end: float(value) for end, value in zip(SPREADS, found, strict=True)}

@@ -21,33 +21,62 @@ from selffl_ray.runtime.placement import PlacementPlan
 def run_jobs(
     control: Control, jobs: Sequence[Job], plan: PlacementPlan, label: str
 ) -> list[dict[str, Any]]:
-    """Run jobs one after the other on one pool; their summaries.
-
-    All jobs have the same number of clients; the data are dealt anew only when they change.
-    """
+    """Run jobs one after the other on one pool; their summaries."""
     summaries: list[dict[str, Any]] = []
-    pool: ClientPool | None = None
-    where: list[dict[str, Any]] = []
-    loaded: tuple[str, str] | None = None
-    with _warnings_as_messages(control):
-        try:
-            for job in jobs:
-                prepared = prepare_experiment(job.config())
-                if pool is None:
-                    pool, where = _open_pool(prepared, plan, label, job.plugin_folder)
-                data = (prepared.store.manifest.digest, prepared.partition.digest)
-                if data != loaded:
-                    _load(pool, prepared)
-                    loaded = data
-                writer = RunWriter(job, prepared)
-                writer.write_environment(plan, where)
-                summaries.append(_run_one(prepared, pool, writer, control))
-                if control.stopping:
-                    break
-        finally:
-            if pool is not None:
-                pool.close()
+    with contextlib.closing(JobRunner()) as runner:
+        for job in jobs:
+            summaries.append(runner.run(control, job, plan, label))
+            if control.stopping:
+                break
     return summaries
+
+
+class JobRunner:
+    """Runs jobs one after the other, and keeps the pool and the data while they serve.
+
+    The pool is opened with the first job, and anew when the placement or the number of clients
+    changes; the data are dealt anew only when they change.
+    """
+
+    def __init__(self) -> None:
+        self._pool: ClientPool | None = None
+        self._where: list[dict[str, Any]] = []
+        self._opened: tuple[Any, ...] = ()
+        self._loaded: tuple[str, str] | None = None
+
+    def run(self, control: Control, job: Job, plan: PlacementPlan, label: str) -> dict[str, Any]:
+        """One job to its end; its summary.
+
+        Args:
+            label: prefix of the names of actors that are started for it.
+        """
+        with _warnings_as_messages(control):
+            prepared = prepare_experiment(job.config())
+            pool = self._pool_for(prepared, plan, label, job.plugin_folder)
+            data = (prepared.store.manifest.digest, prepared.partition.digest)
+            if data != self._loaded:
+                self._loaded = None
+                _load(pool, prepared)
+                self._loaded = data
+            writer = RunWriter(job, prepared)
+            writer.write_environment(plan, self._where)
+            return _run_one(prepared, pool, writer, control)
+
+    def _pool_for(
+        self, prepared: Prepared, plan: PlacementPlan, label: str, plugin_folder: str
+    ) -> ClientPool:
+        wanted = (plan, prepared.config.placement.device, prepared.config.faults.client_timeout_s)
+        if self._pool is None or wanted != self._opened:
+            self.close()
+            self._pool, self._where = _open_pool(prepared, plan, label, plugin_folder)
+            self._opened = wanted
+        return self._pool
+
+    def close(self) -> None:
+        """End the pool."""
+        pool, self._pool, self._loaded = self._pool, None, None
+        if pool is not None:
+            pool.close()
 
 
 def _load(pool: ClientPool, prepared: Prepared) -> None:

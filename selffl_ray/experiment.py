@@ -18,9 +18,9 @@ from selffl_ray.datasets.base import Dataset, KnownVariances
 from selffl_ray.datasets.splits import ClientRows, Partition, split_clients
 from selffl_ray.datasets.store import Store, prepare, store_root
 from selffl_ray.driver import EvaluationPlan
-from selffl_ray.errors import DataError
+from selffl_ray.errors import ConfigError, DataError
 from selffl_ray.flat import ParamSpec
-from selffl_ray.messages import DataSpec, RunSpec
+from selffl_ray.messages import DataSpec, RunSpec, Split
 from selffl_ray.models.base import Model
 from selffl_ray.models.build import build_model, start_params
 from selffl_ray.participation import RoundPlan, plan_rounds
@@ -156,9 +156,17 @@ def _evaluation_plan(
     if most is not None and most < len(index):
         rng = generator(config.seed, "evaluation")
         index = np.sort(rng.choice(len(index), size=most, replace=False))
+    open_splits: tuple[Split, ...] = ("val", "test") if config.evaluation.score_test else ("val",)
     wanted = tuple(
-        split for split in ("val", "test") if any(len(getattr(c, split)) for c in partition.clients)
+        split for split in open_splits if any(len(getattr(c, split)) for c in partition.clients)
     )
+    if not wanted:
+        raise ConfigError(
+            f"evaluation.score_test: false, and evaluation.splits {list(splits)} have no "
+            "validation examples, leave nothing to evaluate; give validation a share"
+        )
+    if not config.evaluation.score_test:
+        new = new[:0]
     rounds = config.evaluation.rounds(config.training.num_rounds)
     return EvaluationPlan(rounds, index.astype(np.int64), new.astype(np.int64), wanted)
 

@@ -27,12 +27,14 @@ class Entry:
     factory: makes the thing from its config (and what its kind passes along).
     config_type: frozen dataclass of the entry's options.
     presets: preset name -> option values that differ from the dataclass's own defaults.
+    idle: (options, training options) -> options that have no effect beside the others, and why.
     """
 
     name: str
     factory: Callable[..., Any]
     config_type: type
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    idle: Callable[[Any, Any], Mapping[str, str]] = lambda options, training: {}
 
     @property
     def summary(self) -> str:
@@ -65,7 +67,11 @@ class Registry:
         self._discovered = False
 
     def register(
-        self, name: str, config_type: type, presets: Mapping[str, Mapping[str, Any]] | None = None
+        self,
+        name: str,
+        config_type: type,
+        presets: Mapping[str, Mapping[str, Any]] | None = None,
+        idle: Callable[[Any, Any], Mapping[str, str]] = lambda options, training: {},
     ) -> Callable[[Factory], Factory]:
         """Decorator for a factory; the same name twice is refused, naming both places."""
 
@@ -77,7 +83,7 @@ class Registry:
                     f"{self.kind} {name!r} is registered by both {_place(known.factory)} and "
                     f"{_place(factory)}; rename one"
                 )
-            self._entries[name] = Entry(name, factory, config_type, presets or {})
+            self._entries[name] = Entry(name, factory, config_type, presets or {}, idle)
             return factory
 
         return decorate

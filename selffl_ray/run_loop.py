@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -16,7 +16,7 @@ import torch
 from selffl_ray.algorithms.base import NotAvailable
 from selffl_ray.checkpoint import Counters, latest_checkpoint, load_checkpoint, save_checkpoint
 from selffl_ray.config import ExperimentConfig, to_raw
-from selffl_ray.driver import RoundRecord, Run, run_rounds
+from selffl_ray.driver import RoundRecord, Run, evaluate, run_rounds
 from selffl_ray.errors import RunError
 from selffl_ray.experiment import Prepared, write_params
 from selffl_ray.flat import digest
@@ -24,6 +24,7 @@ from selffl_ray.participation import RoundPlan
 from selffl_ray.pool import ClientPool, HostLost, StateLostError
 from selffl_ray.run_writer import RunWriter
 from selffl_ray.runtime.actors import Control
+from selffl_ray.stopping import StopRule, seconds_of
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,10 @@ class RunLoop:
 
     def _rounds(self, place: _Place) -> str:
         past = self._writer.tables.rows()
-        stop = _StopRule(self._prepared, past)
+        task = self._prepared.dataset.task
+        stop = StopRule(
+            self._prepared.config.training.stop, past, higher_is_better=task.higher_is_better
+        )
         began = time.monotonic() - sum(seconds_of(row) for row in past)
         rounds = run_rounds(
             self._run,
@@ -160,10 +164,12 @@ class RunLoop:
             # In the round in which they were lost, as often as that is replayed.
             record.metrics["clients/faults"] += self._lost_clients.get(last_round, 0)
             self._reached = max(self._reached, last_round)
+            stop.take(record.metrics, time.monotonic() - began)
+            if stop.enough and not record.scores:
+                # What the run ends with is what it is judged by.
+                evaluate(self._run, record)
             self._writer.add(record)
-            seconds = time.monotonic() - began
-            self._control.emit(self._progress(record, seconds))
-            stop.take(record.metrics, seconds)
+            self._control.emit(self._progress(record, time.monotonic() - began))
             if self._control.stopping or self._due(last_round):
                 self._save(record)
             if stop.enough or last_round + 1 == len(self._prepared.plans):
@@ -219,43 +225,3 @@ class RunLoop:
         for index, theta in self._pool.personal_models(everybody, message).items():
             name = quote(self._prepared.client_ids[index], safe="")
             write_params(folder / "clients" / f"{name}.safetensors", torch.from_numpy(theta), spec)
-
-
-def seconds_of(row: Mapping[str, Any]) -> float:
-    """Time that a finished round took, its evaluation included."""
-    return float(row["time/round_s"] + row.get("time/eval_s", 0.0))
-
-
-class _StopRule:
-    """The ``training.stop`` part of a configuration, over the rounds of a run.
-
-    Args:
-        past: the rows of the rounds before, of a run that goes on.
-    """
-
-    def __init__(self, prepared: Prepared, past: Sequence[Mapping[str, Any]]) -> None:
-        self._config = prepared.config.training.stop
-        lower = not prepared.dataset.task.higher_is_better or self._config.metric.endswith("loss")
-        self._sign = -1 if lower else 1
-        self._best = -np.inf
-        self._since = 0
-        self.enough = False
-        seconds = 0.0
-        for row in past:
-            seconds += seconds_of(row)
-            self.take(row, seconds)
-
-    def take(self, metrics: Mapping[str, Any], seconds: float) -> None:
-        """Judge a round; ``enough`` says whether it was the last one."""
-        config, value = self._config, metrics.get(self._config.metric)
-        if config.seconds is not None and seconds >= config.seconds:
-            self.enough = True
-        if value is None:
-            return
-        if config.target is not None and self._sign * value >= self._sign * config.target:
-            self.enough = True
-        better = self._sign * value > self._best
-        self._best = max(self._best, self._sign * value)
-        self._since = 0 if better else self._since + 1
-        if config.patience is not None and self._since >= config.patience:
-            self.enough = True

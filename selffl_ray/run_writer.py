@@ -41,6 +41,8 @@ class Job:
     store: str | None = None
     tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
     resume: bool = False
+    name: str | None = None
+    """The run's name in MLflow; method, preset and seed by default."""
 
     def config(self) -> ExperimentConfig:
         """The configuration, with plugins loaded."""
@@ -84,7 +86,7 @@ class RunWriter:
         }
         info = RunInfo(
             config.experiment,
-            f"{config.method_label}-s{config.seed}",
+            job.name or f"{config.method_label}-s{config.seed}",
             flatten(to_raw(config)),
             tags,
             resume_id,

@@ -16,7 +16,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -304,3 +304,41 @@ class MLflowTracker:
         if lines:
             with (self._folder / "untracked.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(lines)
+
+
+def open_sweep(
+    uri: str, experiment: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]
+) -> str:
+    """A parent run for the runs of a sweep; its id."""
+    client = open_store(uri)
+    run = client.create_run(
+        experiment_id(client, uri, experiment), run_name=name, tags={**tags, "selffl.kind": "sweep"}
+    )
+    for key, value in params.items():
+        client.log_param(run.info.run_id, key, value[:MOST_VALUE])
+    return str(run.info.run_id)
+
+
+def close_sweep(
+    uri: str,
+    run_id: str,
+    status: str,
+    *,
+    metrics: Mapping[str, float],
+    files: Sequence[Path],
+    marks: Mapping[str, Mapping[str, str]],
+) -> None:
+    """End a parent run with its results.
+
+    Args:
+        marks: further tags by run id, of the sweep's runs.
+    """
+    client = open_store(uri)
+    for name, number in metrics.items():
+        client.log_metric(run_id, name, number)
+    for file in files:
+        client.log_artifact(run_id, str(file))
+    for child, tags in marks.items():
+        for key, value in tags.items():
+            client.set_tag(child, key, value)
+    client.set_terminated(run_id, status=status)

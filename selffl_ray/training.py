@@ -23,32 +23,9 @@ from selffl_ray.errors import ConfigError
 from selffl_ray.flat import ParamSpec
 from selffl_ray.gradients import RowEngine
 from selffl_ray.seeding import generator
+from selffl_ray.stopping import StopConfig
 
 Schedule = Literal["constant", "linear", "cosine", "step"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StopConfig:
-    """When to end before ``num_rounds``; nothing set is never. Only validation metrics count."""
-
-    metric: str = "val/local_accuracy"
-    target: float | None = None
-    """End once the metric is at least this good."""
-    patience: int | None = None
-    """End after this many evaluations without a better value."""
-    seconds: float | None = None
-    """End after the round in which this much time has passed."""
-
-    def __post_init__(self) -> None:
-        if not self.metric.startswith("val/"):
-            raise ConfigError(
-                f"training.stop.metric must be a validation metric (val/...), got {self.metric!r}; "
-                "stopping on test data would select on them"
-            )
-        if self.patience is not None and self.patience < 1:
-            raise ConfigError(f"training.stop.patience must be >= 1, got {self.patience}")
-        if self.seconds is not None and not self.seconds > 0:
-            raise ConfigError(f"training.stop.seconds must be > 0, got {self.seconds}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,12 +21,14 @@ NAME = PACKAGE.name
 
 LAYERS = {
     0: "flat hierarchy seeding errors trees",
-    1: "tasks training gradients evaluation participation registry datasets models estimators",
+    1: "tasks training stopping gradients evaluation participation registry datasets models "
+    "estimators",
     2: "algorithms",
     3: "messages client_data host pool faults driver",
     4: "runtime tracking checkpoint tables config",
     5: "cli commands console tuning experiment environment run_writer run_loop execution api "
-    "describe doctor estimate verification __main__ __init__",
+    "describe doctor estimate verification search_space sweep sweep_plan sweep_results "
+    "sweep_run __main__ __init__",
 }
 LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts.split()}
 
@@ -47,7 +49,6 @@ LONGER = {
     "algorithms/selffl/estimates.py": 170,
     # The one SGD loop that every method calls: its twelve arguments alone take twelve lines.
     "training.py: local_sgd": 42,
-    "training.py": 302,
 }
 """What exceeds the limits, with the reason, and how long it may be. Nothing is to be added."""
 

@@ -25,12 +25,12 @@ from selffl_ray.models.mlp import MLPConfig
 from selffl_ray.participation import plan_rounds
 from selffl_ray.registry import Component
 from selffl_ray.seeding import generator
+from selffl_ray.stopping import StopConfig
 from selffl_ray.tasks import CLASSIFICATION, DataShape
 from selffl_ray.training import (
     Rows,
     Stack,
     Step,
-    StopConfig,
     TrainingConfig,
     local_sgd,
     observe_tail,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from selffl_ray.errors import ConfigError
 from selffl_ray.flat import Granularity
 from selffl_ray.registry import Component, inter_estimators, intra_estimators
+from selffl_ray.training import TrainingConfig
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "two_tap": {},
@@ -148,3 +149,31 @@ class SelfFLConfig:
         if self.contraction is not None:
             return self.contraction / rate
         return min(self.curvature, self.max_contraction / rate)
+
+
+def idle(config: SelfFLConfig, training: TrainingConfig) -> dict[str, str]:
+    """Options that change nothing beside the others, and why; what is not named may act."""
+    found: dict[str, str] = {}
+
+    def add(why: str, *names: str) -> None:
+        found.update((name, found.get(name, why)) for name in names)
+
+    if training.participation_rate == 1:
+        add("every client takes part in every round", "discount")
+    if config.contraction is not None:
+        add("contraction is given", "curvature", "max_contraction")
+    if config.upload == "personal":
+        add("upload: personal trains at the round's rate and steps", "readout_rate")
+        add("upload: personal trains the round's steps", "readout_steps")
+    realised = f"personalization: {config.personalization}"
+    if config.personalization != "early_stop":
+        add(f"{realised} does not stop early", "min_steps", "max_steps", "rounding")
+    if config.personalization not in ("interpolate", "learning_rate"):
+        add(f"{realised} has no fixed number of steps", "readout_steps")
+    if config.personalization != "map":
+        add(f"{realised} keeps no personal model", "map_curvature")
+    if config.personalization in ("map", "none"):
+        add(f"{realised} has no readout", "readout_rate")
+    if config.personalization == "none":
+        add("personalization: none predicts with the global model", "kappa", "tail_average")
+    return found

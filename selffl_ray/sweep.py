@@ -1,0 +1,348 @@
+"""Sweep files: what is varied, over which seeds and on what budget; and the trials that follow.
+
+A sweep file is a mapping (``SweepConfig``). ``space`` is described in
+``search_space``.
+
+Everything is checked before anything starts: each configuration is parsed, an option that has no
+effect beside the others is refused, the metric must be one that will be measured, on validation
+data. Seeds are an axis of their own, so that configurations are compared on the same partitions,
+starts, cohorts and batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from selffl_ray.config import (
+    ExperimentConfig,
+    apply_setting,
+    apply_value,
+    parse_config,
+    parse_part,
+    read_yaml,
+    to_raw,
+)
+from selffl_ray.errors import ConfigError
+from selffl_ray.evaluation import metric_names
+from selffl_ray.registry import algorithms, datasets, nearest
+from selffl_ray.runtime.placement import DRIVER_CPUS
+from selffl_ray.search_space import Settings, expand, read_space
+
+LONGEST_NAME = 70
+"""Characters of a configuration's label that a folder's name keeps."""
+
+# -- the file -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """How trials are ended early."""
+
+    name: Literal["none", "asha"] = "none"
+    grace: int | None = None
+    """asha: rounds that every trial gets; a quarter of all by default."""
+    reduction: int = 3
+    """asha: one in so many goes on at each rung."""
+
+    def __post_init__(self) -> None:
+        if self.grace is not None and self.grace < 1:
+            raise ConfigError(f"scheduler.grace must be >= 1 round, got {self.grace}")
+        if self.reduction < 2:
+            raise ConfigError(f"scheduler.reduction must be >= 2, got {self.reduction}")
+        if self.name == "none" and (self.grace, self.reduction) != (None, 3):
+            raise ConfigError("scheduler: grace and reduction act with name: asha only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """What a sweep may cost."""
+
+    samples: int = 1
+    """Draws of the random entries for each point of the grid."""
+    trials: int | None = None
+    """Most configurations; a larger space is refused, never cut."""
+    seconds: float | None = None
+    """End the sweep after so much time; --resume goes on."""
+    gradient_steps: int | None = None
+    """Each trial ends after the round in which it has computed so many gradients."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "trials", "gradient_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"budget.{name} must be >= 1, got {value}")
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise ConfigError(f"budget.seconds must be > 0, got {self.seconds}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfirmConfig:
+    """The second stage: the best configurations again, on fresh seeds, with test data opened."""
+
+    seeds: tuple[int, ...]
+    top: int = 3
+    """So many configurations."""
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise ConfigError(f"confirm.top must be >= 1, got {self.top}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """A sweep file."""
+
+    experiment: str
+    """Name of the MLflow experiment and of the folder under runs/."""
+    base: dict[str, Any] = field(default_factory=dict)
+    """The experiment that is varied, as in an experiment's file, without ``seed``."""
+    space: list[dict[str, Any]] | dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
+    """Every configuration runs with each of them."""
+    metric: str = "val/local_accuracy"
+    """Ranks the configurations; of validation data."""
+    mode: Literal["max", "min"] = "max"
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    confirm: ConfirmConfig | None = None
+    open_test: bool = False
+    """Score test data in the first stage too: for studies that report every configuration and
+    select none. Not together with ``confirm``."""
+    reference: dict[str, Any] | None = None
+    """Settings of the configuration that the others are compared with; the first by default."""
+    actors_per_trial: int = 1
+    """Client actors of a trial, unless base.placement says how clients are placed."""
+    cpus_per_trial: float = 1.0
+    """CPUs that a trial reserves for its driver and its client actors."""
+    concurrent: int | None = None
+    """Most trials at once; as many as the CPUs allow by default."""
+    search_seed: int = 0
+    """Random entries of the space are drawn from it."""
+
+    def __post_init__(self) -> None:
+        for name, seeds in (("seeds", self.seeds), ("confirm.seeds", self._fresh)):
+            if len(set(seeds)) != len(seeds):
+                raise ConfigError(f"{name} {list(seeds)} names a seed twice; pairs need each once")
+        if not self.seeds or (self.confirm is not None and not self._fresh):
+            raise ConfigError("seeds and confirm.seeds need at least one seed")
+        both = sorted(set(self.seeds) & set(self._fresh))
+        if both:
+            raise ConfigError(
+                f"confirm.seeds must be fresh ones, but {both} are among seeds: the selection has "
+                "seen them"
+            )
+        if self.open_test and self.confirm is not None:
+            raise ConfigError(
+                "open_test: true shows test data before confirm selects; drop one of them"
+            )
+        for name in ("actors_per_trial", "concurrent"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be >= 1, got {value}")
+        if not self.cpus_per_trial > DRIVER_CPUS:
+            raise ConfigError(
+                f"cpus_per_trial must be above {DRIVER_CPUS} (the driver's share), got "
+                f"{self.cpus_per_trial}"
+            )
+
+    @property
+    def _fresh(self) -> tuple[int, ...]:
+        return () if self.confirm is None else self.confirm.seeds
+
+
+def load_sweep(path: Path, sets: Sequence[str] = ()) -> SweepConfig:
+    """Read a sweep file and apply ``dotted.key=value`` settings to it.
+
+    Raises:
+        ConfigError: in one line, naming the key, the value and the remedy.
+    """
+    raw = read_yaml(path)
+    for setting in sets:
+        apply_setting(raw, setting)
+    return parse_part(SweepConfig, raw, "")
+
+
+# -- configurations and trials ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One point of the space: its number, settings, and a short label for tables and folders."""
+
+    number: int
+    settings: Settings
+    label: str
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A configuration with a seed: a name that is also its folder's, and the whole experiment."""
+
+    name: str
+    configuration: Configuration
+    config: ExperimentConfig
+
+    @property
+    def seed(self) -> int:
+        """The experiment's."""
+        return self.config.seed
+
+
+def configurations(sweep: SweepConfig, folder: Path) -> list[Configuration]:
+    """The distinct configurations of a sweep, checked; repetitions are run once.
+
+    Args:
+        folder: where plugins may lie and relative paths start.
+
+    Raises:
+        ConfigError: naming the setting and why it cannot be.
+    """
+    found: dict[str, Settings] = {}
+    for settings in expand(read_space(sweep.space), sweep.budget.samples, sweep.search_seed):
+        config = configure(sweep, settings, sweep.seeds[0], folder, open_test=sweep.open_test)
+        _check_idle(config, settings)
+        _check_metric(sweep, config)
+        found.setdefault(json.dumps(to_raw(config), sort_keys=True), settings)
+    most = sweep.budget.trials
+    if most is not None and len(found) > most:
+        raise ConfigError(
+            f"budget.trials: the space has {len(found)} configurations, more than {most}; prune "
+            "the space, or raise the budget"
+        )
+    short = _short_keys([key for settings in found.values() for key in settings])
+    return [
+        Configuration(number, settings, _label(settings, short))
+        for number, settings in enumerate(found.values())
+    ]
+
+
+def configure(
+    sweep: SweepConfig, settings: Settings, seed: int, folder: Path, *, open_test: bool
+) -> ExperimentConfig:
+    """The experiment of a configuration with a seed."""
+    raw = copy.deepcopy(sweep.base)
+    if "seed" in raw:
+        raise ConfigError("base.seed: seeds pair the configurations; list them in seeds")
+    # What selects a component comes before the component's options.
+    for key in sorted(settings, key=lambda k: k.count(".")):
+        apply_value(raw, key, copy.deepcopy(settings[key]))
+    raw |= {"experiment": sweep.experiment, "seed": seed}
+    apply_value(raw, "evaluation.score_test", open_test)
+    if sweep.budget.gradient_steps is not None:
+        apply_value(raw, "training.stop.gradient_steps", sweep.budget.gradient_steps)
+    return parse_config(raw, folder)
+
+
+def trials(
+    sweep: SweepConfig,
+    chosen: Sequence[Configuration],
+    seeds: Sequence[int],
+    folder: Path,
+    *,
+    open_test: bool,
+) -> list[Trial]:
+    """Every configuration with every seed; configurations of one seed stand together."""
+    return [
+        Trial(
+            f"{one.number:03d}-{_slug(one.label)}-s{seed}",
+            one,
+            configure(sweep, one.settings, seed, folder, open_test=open_test),
+        )
+        for seed in seeds
+        for one in chosen
+    ]
+
+
+def reference_of(sweep: SweepConfig, chosen: Sequence[Configuration]) -> Configuration:
+    """The configuration that the others are compared with.
+
+    Raises:
+        ConfigError: no configuration has the settings that ``reference`` names.
+    """
+    if sweep.reference is None:
+        return chosen[0]
+    for one in chosen:
+        if dict(one.settings) == sweep.reference:
+            return one
+    raise ConfigError(
+        f"reference: no configuration of the space has exactly the settings {sweep.reference}"
+    )
+
+
+def _check_idle(config: ExperimentConfig, settings: Settings) -> None:
+    entry = algorithms.get(config.method.name)
+    idle = entry.idle(algorithms.options(config.method), config.training)
+    for key in settings:
+        part, _, rest = key.partition(".")
+        option = rest.partition(".")[0]
+        if part == "method" and option in idle:
+            raise ConfigError(
+                f"space: {key} has no effect here ({idle[option]}); set it only when it acts, with "
+                "when"
+            )
+
+
+def _check_metric(sweep: SweepConfig, config: ExperimentConfig) -> None:
+    split, _, name = sweep.metric.partition("/")
+    if split != "val":
+        raise ConfigError(
+            f"metric must be of validation data (val/...), got {sweep.metric!r}: selecting on test "
+            "data would spoil them"
+        )
+    task = datasets.make(config.data.component).task
+    known = metric_names(task.score_name)
+    if name not in known:
+        raise ConfigError(
+            f"metric: {sweep.metric} is not measured on {config.data.component.name}"
+            f"{nearest(name, known)}; there are {', '.join(f'val/{k}' for k in known)}"
+        )
+    higher = "accuracy" in name and not name.endswith("_std")
+    if higher != (sweep.mode == "max"):
+        raise ConfigError(
+            f"mode: {sweep.mode} seeks the worst {sweep.metric}; use {'max' if higher else 'min'}"
+        )
+    assert config.evaluation.splits is not None, "parse_config resolves it"
+    if config.evaluation.splits[1] == 0:
+        raise ConfigError(
+            f"metric: {sweep.metric} needs validation examples, but evaluation.splits "
+            f"{list(config.evaluation.splits)} give none"
+        )
+
+
+def _short_keys(keys: Sequence[str]) -> dict[str, str]:
+    """Last parts of dotted keys, as many as tell them apart."""
+    short: dict[str, str] = {}
+    for key in dict.fromkeys(keys):
+        parts = key.split(".")
+        for count in range(1, len(parts) + 1):
+            short[key] = ".".join(parts[-count:])
+            others = [k for k in set(keys) if k != key]
+            if not any(f".{k}".endswith(f".{short[key]}") for k in others):
+                break
+    return short
+
+
+def _label(settings: Settings, short: Mapping[str, str]) -> str:
+    return " ".join(f"{short[k]}={_shown(v)}" for k, v in settings.items()) or "base"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict) and "name" in value:
+        rest = {k: v for k, v in value.items() if k not in ("name", "preset")}
+        name = ":".join(str(value[k]) for k in ("name", "preset") if k in value)
+        inner = ",".join(f"{k}={_shown(v)}" for k, v in rest.items())
+        return f"{name}({inner})" if inner else name
+    return str(value).replace(" ", "")
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.=-]+", "-", label)[:LONGEST_NAME].strip("-")

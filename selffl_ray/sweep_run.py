@@ -1,0 +1,375 @@
+"""A sweep from its file to its tables: plan, first stage, ranking, confirmation, MLflow.
+
+The sweep's folder holds ``sweep.yaml`` (repeats it), ``trials/<name>/`` (each a run's folder),
+``results.csv`` and ``results.md``, with a second stage also ``confirm.csv`` and ``confirm.md``, and
+``tune/`` with Tune's own files, readable by TensorBoard. Whoever resumes it repeats no trial that
+is done.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from selffl_ray.api import make_job, ray_is_running
+from selffl_ray.config import ExperimentConfig, dump_yaml, flatten, to_raw
+from selffl_ray.errors import ConfigError
+from selffl_ray.experiment import prepare_experiment
+from selffl_ray.run_loop import Message
+from selffl_ray.run_writer import Job
+from selffl_ray.runtime.cluster import cluster, this_machine
+from selffl_ray.runtime.placement import (
+    Node,
+)
+from selffl_ray.sweep import (
+    SchedulerConfig,
+    SweepConfig,
+    Trial,
+    load_sweep,
+    trials,
+)
+from selffl_ray.sweep_plan import Stage, SweepPlan, placement_of_trial, plan_sweep
+from selffl_ray.sweep_results import Ranked, markdown, rank, trial_rows
+from selffl_ray.tables import write_json, write_text
+from selffl_ray.tracking import close_sweep, open_sweep, resolve_uri
+
+logger = logging.getLogger(__name__)
+
+Watch = Callable[[Any], None]
+
+
+class SweepProgress(NamedTuple):
+    """An event: how far a stage is.
+
+    done: trials that have ended, started_done: of those that this command started; best: the best
+    value reported so far, and by whom.
+    """
+
+    stage: str
+    done: int
+    started_done: int
+    failed: int
+    total: int
+    best: tuple[float, str] | None
+    metric: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A sweep that has ended.
+
+    ranking: of the last stage that ran; rows: a row a trial, by stage; complete: nothing is left to
+    be resumed; failed: trials that ended with an error.
+    """
+
+    folder: Path
+    ranking: list[Ranked]
+    rows: dict[str, pd.DataFrame]
+    complete: bool
+    failed: int
+
+
+def run_sweep(
+    sweep: SweepConfig,
+    *,
+    output: str | Path | None = None,
+    resume: str | Path | None = None,
+    watch: Watch = lambda event: None,
+    command: str = "run_sweep",
+) -> SweepResult:
+    """Run a sweep, or go on with one.
+
+    Args:
+        command: what the tables say that they were made with.
+        output: folder of the sweep; ``runs/<experiment>/sweep-<time>`` by default.
+        resume: a sweep's folder; ``sweep`` must be the one in its ``sweep.yaml``.
+        watch: called with every :class:`SweepProgress` and ``Message``.
+
+    Raises:
+        UsageError: something about the sweep cannot work; nothing was started.
+        RunError: Ray Tune failed. A trial that fails is counted, and the others go on.
+    """
+    folder = Path(resume or output or _new_folder(sweep)).absolute()
+    _check_folder(sweep, folder, resume=resume is not None)
+    if not os.environ.get("RAY_ADDRESS") and not ray_is_running():
+        plan_sweep(sweep, this_machine())
+    with cluster() as ray_cluster:
+        plan = plan_sweep(sweep, ray_cluster.nodes)
+        if resume is None:
+            write_text(folder / "sweep.yaml", dump_yaml(to_raw(sweep)))
+            write_text(folder / "command.txt", f"{command}\n")
+        return _Sweep(plan, folder, ray_cluster.nodes, watch).run()
+
+
+def _new_folder(sweep: SweepConfig) -> Path:
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return Path.cwd() / "runs" / sweep.experiment / f"sweep-{stamp}"
+
+
+def _check_folder(sweep: SweepConfig, folder: Path, *, resume: bool) -> None:
+    file = folder / "sweep.yaml"
+    if resume and not file.exists():
+        raise ConfigError(f"--resume {folder}: there is no sweep in that folder")
+    if not resume and file.exists():
+        raise ConfigError(
+            f"--output {folder} holds a sweep already; go on with --resume {folder}, or give "
+            "another folder"
+        )
+    if resume and to_raw(load_sweep(file)) != to_raw(sweep):
+        raise ConfigError(
+            f"--resume {folder}: not as in its sweep.yaml; leave that as it was, or start another "
+            "sweep"
+        )
+
+
+class _Sweep:
+    """A planned sweep in its folder."""
+
+    def __init__(self, plan: SweepPlan, folder: Path, nodes: Sequence[Node], watch: Watch) -> None:
+        self._plan = plan
+        self._sweep = plan.sweep
+        self._folder = folder
+        self._nodes = nodes
+        self._watch = watch
+        self._store = self._store_of(plan.prepared[0].config)
+        self._parent = self._open_parent()
+
+    @staticmethod
+    def _store_of(config: ExperimentConfig) -> str | None:
+        return resolve_uri(config.tracking, Path.cwd()) if config.tracking.enabled else None
+
+    def _open_parent(self) -> str | None:
+        """The parent run in MLflow: the one before, or a new one; None if it cannot be had."""
+        if self._store is None:
+            return None
+        note = self._folder / "parent.json"
+        if note.exists():
+            return str(json.loads(note.read_text())["run_id"])
+        try:
+            run_id = open_sweep(
+                self._store,
+                self._sweep.experiment,
+                self._folder.name,
+                flatten(to_raw(self._sweep)),
+                {},
+            )
+        except Exception as error:
+            # Whatever a store may raise: tracking is never worth a sweep.
+            self._say(f"MLflow has no parent run for this sweep: {type(error).__name__}: {error}")
+            return None
+        write_json(note, {"run_id": run_id})
+        return run_id
+
+    def _say(self, text: str) -> None:
+        logger.warning("%s", text)
+        self._watch(Message(" ".join(text.split())[:300]))
+
+    # -- stages ---------------------------------------------------------------------------------
+
+    def run(self) -> SweepResult:
+        """Both stages, the tables, and what MLflow is told at the end."""
+        sweep, plan = self._sweep, self._plan
+        rows = {"select": self._run_stage(plan.first)}
+        ranking = self._write(plan.first, rows["select"], "results")
+        complete = _complete(rows["select"], sweep.scheduler)
+        if sweep.confirm is not None and complete and ranking:
+            stage = self._confirmation(ranking)
+            rows["confirm"] = self._run_stage(stage)
+            ranking = self._write(stage, rows["confirm"], "confirm")
+            complete = _complete(rows["confirm"], stage.scheduler)
+        failed = sum(int((r["status"] == "FAILED").sum()) for r in rows.values())
+        result = SweepResult(self._folder, ranking, rows, complete, failed)
+        self._close_parent(result)
+        return result
+
+    def _confirmation(self, ranking: Sequence[Ranked]) -> Stage:
+        sweep, confirm = self._sweep, self._sweep.confirm
+        assert confirm is not None
+        by_number = {one.number: one for one in self._plan.chosen}
+        best = [by_number[r.configuration] for r in ranking[: confirm.top]]
+        reference = self._plan.reference
+        if reference not in best:
+            best.append(reference)
+        planned = trials(sweep, best, confirm.seeds, Path.cwd(), open_test=True)
+        prepared = {
+            t.configuration.number: prepare_experiment(t.config) for t in planned[: len(best)]
+        }
+        plans = {n: placement_of_trial(sweep, p, self._nodes) for n, p in prepared.items()}
+        return Stage(
+            "confirm",
+            tuple(planned),
+            tuple(plans[t.configuration.number] for t in planned),
+            SchedulerConfig(),
+        )
+
+    def _run_stage(self, stage: Stage) -> pd.DataFrame:
+        # Imported here: Tune takes more than a second, and a dry run needs none of it.
+        from selffl_ray.tuning import TrialSpec, is_finished, run_trials
+
+        root = self._folder / "trials"
+        left = [
+            (t, plan)
+            for t, plan in zip(stage.trials, stage.plans, strict=True)
+            if stage.scheduler.name != "none" or not is_finished(root / t.name)
+        ]
+        specs = {
+            t.name: TrialSpec(self._job(stage, t), plan, t.configuration.settings, self._reported())
+            for t, plan in left
+        }
+        progress = _Progress(stage, len(stage.trials) - len(left), self._sweep, self._watch)
+        if specs and not (stage.scheduler.name != "none" and self._done(stage)):
+            run_trials(
+                specs,
+                folder=self._tune_folder(stage),
+                scheduler=stage.scheduler,
+                metric=self._sweep.metric,
+                mode=self._sweep.mode,
+                num_rounds=max(t.config.training.num_rounds for t in stage.trials),
+                concurrent=self._sweep.concurrent,
+                seconds=self._sweep.budget.seconds,
+                watch=progress,
+            )
+        return trial_rows(stage.trials, root)
+
+    def _job(self, stage: Stage, trial: Trial) -> Job:
+        folder = self._folder / "trials" / trial.name
+        job = make_job(
+            trial.config,
+            folder,
+            resume=(folder / "config.yaml").exists(),
+            tags=self._tags(stage, trial),
+        )
+        return replace(job, name=f"{trial.configuration.label} s{trial.seed}")
+
+    def _done(self, stage: Stage) -> bool:
+        return _complete(trial_rows(stage.trials, self._folder / "trials"), stage.scheduler)
+
+    def _tune_folder(self, stage: Stage) -> Path:
+        """Tune's folder of a stage: the one before where Tune must know its past, else a new one.
+
+        Without a scheduler trials do not depend on each other, and a new Tuner gets what is left.
+        """
+        first = self._folder / "tune" / stage.name
+        if stage.scheduler.name != "none":
+            return first
+        count = len(list(first.parent.glob(f"{stage.name}*"))) if first.parent.exists() else 0
+        return first if count == 0 else first.with_name(f"{stage.name}-{count + 1}")
+
+    def _reported(self) -> tuple[str, ...]:
+        """A handful: Tune's own files are not the place for more."""
+        names = [
+            f"{s}/{who}_{score}"
+            for s in ("val", "test")
+            for who in ("global", "local")
+            for score in ("accuracy", "mse")
+        ]
+        return tuple(dict.fromkeys([self._sweep.metric, *names]))
+
+    def _tags(self, stage: Stage, trial: Trial) -> dict[str, str]:
+        tags = {"stage": stage.name, "configuration": trial.configuration.label}
+        for key, value in trial.configuration.settings.items():
+            tags[key] = str(value)
+        if self._parent is not None:
+            tags["mlflow.parentRunId"] = self._parent
+        return tags
+
+    # -- results --------------------------------------------------------------------------------
+
+    def _write(self, stage: Stage, rows: pd.DataFrame, name: str) -> list[Ranked]:
+        sweep, reference = self._sweep, self._plan.reference.number
+        write_text(self._folder / f"{name}.csv", rows.to_csv(index=False))
+        text = markdown(
+            rows,
+            sweep.metric,
+            sweep.mode,
+            reference,
+            title=f"{sweep.experiment}: {stage.name}",
+            command=(self._folder / "command.txt").read_text().strip(),
+        )
+        write_text(self._folder / f"{name}.md", text)
+        return rank(rows, sweep.metric, sweep.mode, reference)
+
+    def _close_parent(self, result: SweepResult) -> None:
+        if self._store is None or self._parent is None:
+            return
+        metrics: dict[str, float] = {}
+        marks: Mapping[str, Mapping[str, str]] = {}
+        if result.ranking:
+            best = result.ranking[0]
+            metrics = {f"best/{self._sweep.metric}": best.value.mean}
+            marks = self._marks(best.configuration)
+        status = "FAILED" if result.failed else "FINISHED"
+        names = ("sweep.yaml", "results.csv", "results.md", "confirm.csv", "confirm.md")
+        try:
+            close_sweep(
+                self._store,
+                self._parent,
+                status if result.complete else "KILLED",
+                metrics=metrics,
+                files=[self._folder / n for n in names if (self._folder / n).exists()],
+                marks=marks,
+            )
+        except Exception as error:
+            self._say(f"MLflow did not take in the sweep's end: {type(error).__name__}: {error}")
+
+    def _marks(self, best: int) -> Mapping[str, Mapping[str, str]]:
+        """``best`` for the runs of the best configuration, in either stage."""
+        found = {}
+        for note in sorted((self._folder / "trials").glob(f"{best:03d}-*/tracking.json")):
+            run_id = json.loads(note.read_text())["run_id"]
+            if run_id is not None:
+                found[run_id] = {"best": "true"}
+        return found
+
+
+def _complete(rows: pd.DataFrame, scheduler: SchedulerConfig) -> bool:
+    """Nothing is left: with a scheduler, trials that it stopped are done as well."""
+    done = {"FINISHED", "FAILED"} | ({"STOPPED"} if scheduler.name != "none" else set())
+    return bool(rows["status"].isin(done).all())
+
+
+class _Progress:
+    """Turns what Tune tells of trials into how far the stage is."""
+
+    def __init__(self, stage: Stage, done: int, sweep: SweepConfig, watch: Watch) -> None:
+        self._stage, self._watch = stage, watch
+        self._metric, self._sign = sweep.metric, 1 if sweep.mode == "max" else -1
+        self._before, self._done, self._failed = done, done, 0
+        self._best: tuple[float, str] | None = None
+        self._began = time.monotonic()
+        self._labels = {t.name: f"{t.configuration.label} seed {t.seed}" for t in stage.trials}
+
+    def __call__(self, event: Any) -> None:
+        """Take in a :class:`~selffl_ray.tuning.TuneEvent`."""
+        for text in event.result.get("warnings", ()):
+            self._watch(Message(f"{event.trial}: {text}"))
+        value = event.result.get(self._metric)
+        if value is not None and (
+            self._best is None or self._sign * value > self._sign * self._best[0]
+        ):
+            self._best = (value, self._labels[event.trial])
+        if event.kind != "result":
+            self._done += 1
+            self._failed += event.kind == "error"
+        self._watch(
+            SweepProgress(
+                self._stage.name,
+                self._done,
+                self._done - self._before,
+                self._failed,
+                len(self._stage.trials),
+                self._best,
+                self._metric,
+                time.monotonic() - self._began,
+            )
+        )
