@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from selffl_ray.api import (
     Interrupt,
     Result,
@@ -35,7 +37,7 @@ from selffl_ray.registry import Component, datasets
 from selffl_ray.runtime.cluster import cluster, this_machine
 from selffl_ray.sweep import SweepConfig, load_sweep
 from selffl_ray.sweep_plan import plan_sweep
-from selffl_ray.sweep_run import run_sweep
+from selffl_ray.sweep_run import SweepResult, run_sweep
 from selffl_ray.tracking import TrackingConfig, quiet_mlflow, resolve_uri, without_password
 from selffl_ray.verification import verify_run
 
@@ -198,6 +200,11 @@ def tune(options: argparse.Namespace, say: Say) -> int:
                 ["selffl", "tune", str(options.sweep), *(f"--set={s}" for s in options.set)]
             ),
         )
+    return _tell_sweep(sweep, result, say)
+
+
+def _tell_sweep(sweep: SweepConfig, result: SweepResult, say: Say) -> int:
+    """The table of the last stage and where to look; the exit status."""
     last = "confirm" if "confirm" in result.rows else "select"
     name = "confirm" if last == "confirm" else "results"
     say.out(ranking_table(result.ranking, result.rows[last], sweep.metric))
@@ -211,9 +218,8 @@ def tune(options: argparse.Namespace, say: Say) -> int:
         say.out(f"  selffl tune --resume {shlex.quote(str(result.folder))}")
         return STOPPED
     if result.failed:
-        rows = result.rows[last]
-        failed = rows[rows["status"] == "FAILED"]
-        first = failed.iloc[0] if len(failed) else result.rows["select"].iloc[0]
+        rows = pd.concat(result.rows.values())
+        first = rows[rows["status"] == "FAILED"].iloc[0]
         say.out(f"{result.failed} trials failed; the first: {first['trial']}: {first['error']}")
         return 1
     return 0

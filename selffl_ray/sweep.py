@@ -117,6 +117,9 @@ class SweepConfig:
     select none. Not together with ``confirm``."""
     reference: dict[str, Any] | None = None
     """Settings of the configuration that the others are compared with; the first by default."""
+    within: tuple[str, ...] = ()
+    """Keys of the space that set the scene (data, participation): configurations are ranked and
+    compared within each of their values only."""
     actors_per_trial: int = 1
     """Client actors of a trial, unless base.placement says how clients are placed."""
     cpus_per_trial: float = 1.0
@@ -174,11 +177,15 @@ def load_sweep(path: Path, sets: Sequence[str] = ()) -> SweepConfig:
 
 @dataclass(frozen=True)
 class Configuration:
-    """One point of the space: its number, settings, and a short label for tables and folders."""
+    """One point of the space: its number, settings, and a short label for tables and folders.
+
+    scene: label of its settings of ``within`` alone; "" without.
+    """
 
     number: int
     settings: Settings
     label: str
+    scene: str = ""
 
 
 @dataclass(frozen=True)
@@ -217,8 +224,19 @@ def configurations(sweep: SweepConfig, folder: Path) -> list[Configuration]:
             "the space, or raise the budget"
         )
     short = _short_keys([key for settings in found.values() for key in settings])
+    for key in sweep.within:
+        if not all(key in settings for settings in found.values()):
+            raise ConfigError(
+                f"within: {key} is not set by every configuration of the space, so they cannot be "
+                "told apart by it"
+            )
     return [
-        Configuration(number, settings, _label(settings, short))
+        Configuration(
+            number,
+            settings,
+            _label(settings, short),
+            _label({k: settings[k] for k in sweep.within}, short) if sweep.within else "",
+        )
         for number, settings in enumerate(found.values())
     ]
 
@@ -260,20 +278,25 @@ def trials(
     ]
 
 
-def reference_of(sweep: SweepConfig, chosen: Sequence[Configuration]) -> Configuration:
-    """The configuration that the others are compared with.
+def references_of(sweep: SweepConfig, chosen: Sequence[Configuration]) -> dict[str, Configuration]:
+    """By scene, the configuration that the others are compared with.
 
     Raises:
         ConfigError: no configuration has the settings that ``reference`` names.
     """
-    if sweep.reference is None:
-        return chosen[0]
+    found: dict[str, Configuration] = {}
     for one in chosen:
-        if dict(one.settings) == sweep.reference:
-            return one
-    raise ConfigError(
-        f"reference: no configuration of the space has exactly the settings {sweep.reference}"
-    )
+        own = {k: v for k, v in one.settings.items() if k not in sweep.within}
+        if sweep.reference is None or own == sweep.reference:
+            found.setdefault(one.scene, one)
+    missing = {one.scene for one in chosen} - set(found)
+    if missing:
+        where = "".join(f" with {scene}" for scene in sorted(missing) if scene)
+        raise ConfigError(
+            f"reference: no configuration of the space has exactly the settings "
+            f"{sweep.reference}{where}"
+        )
+    return found
 
 
 def _check_idle(config: ExperimentConfig, settings: Settings) -> None:

@@ -21,7 +21,7 @@ from selffl_ray.sweep import (
     SweepConfig,
     Trial,
     configurations,
-    reference_of,
+    references_of,
     trials,
 )
 
@@ -42,7 +42,8 @@ class SweepPlan:
 
     sweep: SweepConfig
     chosen: tuple[Configuration, ...]
-    reference: Configuration
+    references: dict[str, Configuration]
+    """By scene."""
     first: Stage
     prepared: tuple[Prepared, ...]
     """Each configuration with the first seed."""
@@ -56,7 +57,7 @@ def plan_sweep(sweep: SweepConfig, nodes: Sequence[Node]) -> SweepPlan:
     """
     here = Path.cwd()
     chosen = configurations(sweep, here)
-    reference = reference_of(sweep, chosen)
+    references = references_of(sweep, chosen)
     planned = trials(sweep, chosen, sweep.seeds, here, open_test=sweep.open_test)
     prepared = tuple(prepare_experiment(t.config) for t in planned[: len(chosen)])
     plans = {
@@ -69,7 +70,7 @@ def plan_sweep(sweep: SweepConfig, nodes: Sequence[Node]) -> SweepPlan:
         tuple(plans[t.configuration.number] for t in planned),
         sweep.scheduler,
     )
-    return SweepPlan(sweep, tuple(chosen), reference, first, prepared)
+    return SweepPlan(sweep, tuple(chosen), references, first, prepared)
 
 
 def placement_of_trial(

@@ -60,6 +60,7 @@ def _row(trial: Trial, folder: Path) -> dict[str, Any]:
     final: Mapping[str, float] = summary.get("final", {})
     kept = {k: v for k, v in final.items() if k.startswith(("val/", "test/", "new/", "cost/"))}
     return {
+        "scene": trial.configuration.scene,
         "configuration": trial.configuration.number,
         "label": trial.configuration.label,
         "seed": trial.seed,
@@ -73,12 +74,13 @@ def _row(trial: Trial, folder: Path) -> dict[str, Any]:
 
 
 class Ranked(NamedTuple):
-    """A configuration in the ranking.
+    """A configuration in the ranking of its scene.
 
-    value: of the metric; difference: to the reference, paired by seed (None for itself);
+    value: of the metric; difference: to the scene's reference, paired by seed (None for itself);
     level: not told from the best, whose paired difference to it includes 0.
     """
 
+    scene: str
     configuration: int
     label: str
     seeds: tuple[int, ...]
@@ -87,36 +89,54 @@ class Ranked(NamedTuple):
     level: bool
 
 
-def rank(rows: pd.DataFrame, metric: str, mode: str, reference: int) -> list[Ranked]:
-    """Configurations whose every seed was finished, best first.
+def rank(rows: pd.DataFrame, metric: str, mode: str, references: Mapping[str, int]) -> list[Ranked]:
+    """Configurations whose every seed was finished, scene by scene, best first.
 
     Args:
-        reference: number of the configuration that the others are compared with.
+        references: by scene, number of the configuration that the others are compared with.
     """
-    finished = rows[rows["status"] == "FINISHED"]
-    if finished.empty or metric not in finished:
+    if metric not in rows:
         return []
-    table = finished.pivot_table(metric, "seed", "configuration", sort=False)
-    table = table.loc[:, table.notna().all()] if not table.empty else table
-    labels = dict(zip(rows["configuration"], rows["label"], strict=True))
-    sign = -1 if mode == "max" else 1
-    order = sorted(map(int, table.columns), key=lambda c: (sign * table[c].mean(), c))
-    if not order:
-        return []
-    best = table[order[0]]
     return [
-        Ranked(
-            c,
-            labels[c],
-            tuple(int(s) for s in table.index),
-            interval(table[c].tolist()),
-            None
-            if c == reference or reference not in table
-            else interval((table[c] - table[reference]).tolist()),
-            interval((table[c] - best).tolist()).includes_zero,
-        )
-        for c in order
+        one
+        for scene in dict.fromkeys(rows["scene"])
+        for one in _rank_scene(rows[rows["scene"] == scene], metric, mode, references[scene])
     ]
+
+
+def _rank_scene(rows: pd.DataFrame, metric: str, mode: str, reference: int) -> list[Ranked]:
+    table = values_by_seed(rows, metric)
+    whole = table.loc[:, table.notna().all()]
+    sign = -1 if mode == "max" else 1
+    order = sorted(map(int, whole.columns), key=lambda c: (sign * whole[c].mean(), c))
+    found = []
+    for number in order:
+        own = rows[rows["configuration"] == number]
+        found.append(
+            Ranked(
+                own["scene"].iloc[0],
+                number,
+                own["label"].iloc[0],
+                tuple(int(s) for s in whole.index),
+                interval(whole[number].tolist()),
+                difference(whole, number, reference),
+                interval((whole[number] - whole[order[0]]).tolist()).includes_zero,
+            )
+        )
+    return found
+
+
+def values_by_seed(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Values of the finished trials: a row a seed, a column a configuration, NaN where missing."""
+    finished = rows[metric].where(rows["status"] == "FINISHED")
+    return rows.assign(value=finished).pivot(index="seed", columns="configuration", values="value")
+
+
+def difference(table: pd.DataFrame, number: int, reference: int) -> Interval | None:
+    """A configuration minus the reference, paired by seed; None for itself or without a pair."""
+    if number == reference or reference not in table or table[reference].isna().any():
+        return None
+    return interval((table[number] - table[reference]).tolist())
 
 
 # -- for people ---------------------------------------------------------------------------------
@@ -134,47 +154,58 @@ def _is_share(metric: str) -> bool:
 
 
 def markdown(
-    rows: pd.DataFrame, metric: str, mode: str, reference: int, *, title: str, command: str
+    rows: pd.DataFrame,
+    metric: str,
+    mode: str,
+    references: Mapping[str, int],
+    *,
+    title: str,
+    command: str,
 ) -> str:
-    """The ranking as Markdown: the metric, differences, the other accuracies, the cost."""
-    ranking = rank(rows, metric, mode, reference)
+    """The rankings as Markdown: the metric, differences, the other accuracies, the cost."""
+    ranking = rank(rows, metric, mode, references)
+    lines = [f"# {title}", "", f"Command: `{command}`", ""]
+    for scene in dict.fromkeys(one.scene for one in ranking):
+        lines += [f"## {scene}", ""] if scene else []
+        own = rows[rows["scene"] == scene]
+        lines += _scene_table([r for r in ranking if r.scene == scene], own, metric, references)
+        lines.append("")
+    return "\n".join([*lines, *_footnotes(rows, ranking)]) + "\n"
+
+
+def _scene_table(
+    ranking: Sequence[Ranked], rows: pd.DataFrame, metric: str, references: Mapping[str, int]
+) -> list[str]:
     others = _other_metrics(rows, metric)
-    opened = [name for name in others if name.startswith("test/")]
+    reference = references[ranking[0].scene]
     header = ["configuration", metric, "minus reference"]
-    header += [h for name in others for h in (name, *(["minus reference"] * (name in opened)))]
+    for name in others:
+        header += [name, "minus reference"] if _is_test(name) else [name]
     header.append("gradient steps")
-    lines = [
-        f"# {title}",
-        "",
-        f"Command: `{command}`",
-        "",
-        "| " + " | ".join(header) + " |",
-        "| --- |" + " ---: |" * (len(header) - 1),
-    ]
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
     for one in ranking:
         own = rows[rows["configuration"] == one.configuration]
         value = shown(one.value, metric)
         cells = [one.label, f"**{value}**" if one.level else value]
-        cells.append(_difference(rows, one.configuration, reference, metric))
+        cells.append(_shown_difference(one.configuration, reference, one.difference, metric))
         for name in others:
             cells.append(shown(interval(own[name].tolist()), name))
-            if name in opened:
-                cells.append(_difference(rows, one.configuration, reference, name))
+            if _is_test(name):
+                found = difference(values_by_seed(rows, name), one.configuration, reference)
+                cells.append(_shown_difference(one.configuration, reference, found, name))
         cells.append(f"{_steps(own):.0f}")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_footnotes(rows, ranking, metric)]) + "\n"
+    return lines
 
 
-def _difference(rows: pd.DataFrame, configuration: int, reference: int, metric: str) -> str:
-    """A configuration minus the reference, paired by seed, as text."""
-    if configuration == reference:
+def _is_test(metric: str) -> bool:
+    return metric.startswith("test/")
+
+
+def _shown_difference(number: int, reference: int, found: Interval | None, metric: str) -> str:
+    if number == reference:
         return "reference"
-    by_seed = rows.pivot_table(metric, "seed", "configuration")
-    if reference not in by_seed or by_seed[reference].isna().any():
-        return "-"
-    return shown(
-        interval((by_seed[configuration] - by_seed[reference]).tolist()), metric, signed=True
-    )
+    return "-" if found is None else shown(found, metric, signed=True)
 
 
 def _other_metrics(rows: pd.DataFrame, metric: str) -> list[str]:
@@ -192,14 +223,13 @@ def _steps(own: pd.DataFrame) -> float:
     )
 
 
-def _footnotes(rows: pd.DataFrame, ranking: Sequence[Ranked], metric: str) -> list[str]:
-    unit = "percent" if _is_share(metric) else "as measured"
+def _footnotes(rows: pd.DataFrame, ranking: Sequence[Ranked]) -> list[str]:
     notes = []
     if ranking:
         seeds = ", ".join(map(str, ranking[0].seeds))
         notes.append(
-            f"Means and 95 % t intervals over seeds {seeds} (accuracies and shares in percent; "
-            f"{metric} {unit}); differences are paired by seed. Bold: the best, and what is not "
+            f"Means and 95 % t intervals over seeds {seeds} (accuracies and shares in percent); "
+            "differences are paired by seed. Bold: the best, and what is not "
             "told from it (the interval of the paired difference includes 0). With so many "
             "configurations some intervals exclude 0 by chance."
         )

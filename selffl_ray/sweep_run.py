@@ -31,6 +31,7 @@ from selffl_ray.runtime.placement import (
     Node,
 )
 from selffl_ray.sweep import (
+    Configuration,
     SchedulerConfig,
     SweepConfig,
     Trial,
@@ -196,10 +197,11 @@ class _Sweep:
         sweep, confirm = self._sweep, self._sweep.confirm
         assert confirm is not None
         by_number = {one.number: one for one in self._plan.chosen}
-        best = [by_number[r.configuration] for r in ranking[: confirm.top]]
-        reference = self._plan.reference
-        if reference not in best:
-            best.append(reference)
+        best: list[Configuration] = []
+        for scene, reference in self._plan.references.items():
+            own = [by_number[r.configuration] for r in ranking if r.scene == scene]
+            best += own[: confirm.top]
+            best += [reference] if reference not in best else []
         planned = trials(sweep, best, confirm.seeds, Path.cwd(), open_test=True)
         prepared = {
             t.configuration.number: prepare_experiment(t.config) for t in planned[: len(best)]
@@ -286,28 +288,30 @@ class _Sweep:
     # -- results --------------------------------------------------------------------------------
 
     def _write(self, stage: Stage, rows: pd.DataFrame, name: str) -> list[Ranked]:
-        sweep, reference = self._sweep, self._plan.reference.number
+        sweep = self._sweep
+        references = {scene: one.number for scene, one in self._plan.references.items()}
         write_text(self._folder / f"{name}.csv", rows.to_csv(index=False))
         text = markdown(
             rows,
             sweep.metric,
             sweep.mode,
-            reference,
+            references,
             title=f"{sweep.experiment}: {stage.name}",
             command=(self._folder / "command.txt").read_text().strip(),
         )
         write_text(self._folder / f"{name}.md", text)
-        return rank(rows, sweep.metric, sweep.mode, reference)
+        return rank(rows, sweep.metric, sweep.mode, references)
 
     def _close_parent(self, result: SweepResult) -> None:
         if self._store is None or self._parent is None:
             return
         metrics: dict[str, float] = {}
-        marks: Mapping[str, Mapping[str, str]] = {}
-        if result.ranking:
-            best = result.ranking[0]
-            metrics = {f"best/{self._sweep.metric}": best.value.mean}
-            marks = self._marks(best.configuration)
+        marks: dict[str, Mapping[str, str]] = {}
+        best = best_of_each_scene(result.ranking)
+        if len(best) == 1:
+            metrics[f"best/{self._sweep.metric}"] = best[0].value.mean
+        for one in best:
+            marks |= self._marks(one.configuration)
         status = "FAILED" if result.failed else "FINISHED"
         names = ("sweep.yaml", "results.csv", "results.md", "confirm.csv", "confirm.md")
         try:
@@ -330,6 +334,14 @@ class _Sweep:
             if run_id is not None:
                 found[run_id] = {"best": "true"}
         return found
+
+
+def best_of_each_scene(ranking: Sequence[Ranked]) -> list[Ranked]:
+    """The first of every scene."""
+    first: dict[str, Ranked] = {}
+    for one in ranking:
+        first.setdefault(one.scene, one)
+    return list(first.values())
 
 
 def _complete(rows: pd.DataFrame, scheduler: SchedulerConfig) -> bool:

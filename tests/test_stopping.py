@@ -1,0 +1,81 @@
+"""When a run ends early: budgets, targets, patience; and that its end is always evaluated."""
+
+from __future__ import annotations
+
+import pytest
+
+from selffl_ray.api import run_experiment
+from selffl_ray.config import load_config
+from selffl_ray.errors import ConfigError
+from selffl_ray.stopping import StopConfig, StopRule
+
+SMALL = ("placement.backend=local", "tracking.enabled=false", "training.num_local_steps=5")
+
+
+def reached(config, rows, *, higher_is_better=True):
+    """Index of the row after which the rule has enough; None if it never has."""
+    rule = StopRule(config, [], higher_is_better=higher_is_better)
+    for index, row in enumerate(rows):
+        rule.take(row, seconds=float(index))
+        if rule.enough:
+            return index
+    return None
+
+
+def scores(*values, name="val/local_accuracy"):
+    return [{"cost/gradient_steps": 10.0 * (i + 1), name: v} for i, v in enumerate(values)]
+
+
+def test_a_target_is_met_from_the_right_side():
+    config = StopConfig(target=0.5)
+    assert reached(config, scores(0.1, 0.49, 0.5, 0.6)) == 2
+    loss = StopConfig(metric="val/local_loss", target=0.5)
+    assert reached(loss, scores(0.9, 0.4, name="val/local_loss")) == 1
+
+
+def test_patience_counts_evaluations_without_a_better_value():
+    assert reached(StopConfig(patience=2), scores(0.5, 0.4, 0.6, 0.6, 0.5)) == 4
+    gaps = [{"cost/gradient_steps": 1.0}] * 5
+    assert reached(StopConfig(patience=2), gaps) is None
+
+
+def test_a_budget_of_gradients_ends_after_the_round_that_reaches_it():
+    assert reached(StopConfig(gradient_steps=25), scores(0.1, 0.1, 0.1, 0.1)) == 2
+    assert reached(StopConfig(gradient_steps=20), scores(0.1, 0.1, 0.1)) == 1
+
+
+def test_a_run_that_goes_on_counts_what_was_before():
+    rows = scores(0.5, 0.4)
+    rule = StopRule(
+        StopConfig(patience=2), [{**r, "time/round_s": 1.0} for r in rows], higher_is_better=True
+    )
+    assert not rule.enough
+    rule.take({"cost/gradient_steps": 30.0, "val/local_accuracy": 0.3}, 3.0)
+    assert rule.enough
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_a_budget_without_a_step_is_refused(steps):
+    with pytest.raises(
+        ConfigError, match=f"training.stop.gradient_steps must be >= 1, got {steps}"
+    ):
+        StopConfig(gradient_steps=steps)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "selffl"])
+def test_a_run_that_a_budget_ends_is_evaluated_at_its_end(method, tmp_path):
+    # 14 clients x 5 steps = 70 a round; a probe adds a pass over 25 examples: 2 more a client.
+    settings = (
+        f"method={method}",
+        "training.num_rounds=30",
+        "training.stop.gradient_steps=200",
+        "evaluation.every=10",
+    )
+    result = run_experiment(load_config(None, [*SMALL, *settings]), output=tmp_path / "run")
+    assert result.summary["status"] == "FINISHED"
+    assert result.summary["rounds"] == 3
+    final = result.summary["final"]
+    assert 200 <= final["cost/gradient_steps"] < 270
+    assert final["test/local_accuracy"] > 0.2
+    assert result.rounds["test/local_accuracy"].notna().tolist() == [False, False, True]
+    assert set(result.clients["round_index"]) == {2}
