@@ -332,10 +332,10 @@ def _with_bundles(specs: Mapping[str, TrialSpec]) -> Any:
 
 def bundles_of(plan: PlacementPlan) -> list[dict[str, float]]:
     """Resources of a trial: the driver's bundle, and one for each client actor."""
-    actors = [
-        {"CPU": actor.cpus} | ({"GPU": actor.gpus} if actor.gpus else {}) for actor in plan.actors
-    ]
-    return [{"CPU": plan.driver_cpus}, *actors]
+    # Without Ray's actors (placement.backend: local) the clients live in the trial's own.
+    actors = [{"CPU": a.cpus, "GPU": a.gpus} for a in plan.actors if plan.backend != "local"]
+    bundles = [{"CPU": plan.driver_cpus}, *actors]
+    return [{k: v for k, v in bundle.items() if v} for bundle in bundles]
 
 
 def _scheduler(config: SchedulerConfig, num_rounds: int) -> Any:

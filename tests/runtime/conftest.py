@@ -25,12 +25,15 @@ def pytest_runtest_protocol(item):
     if not item.path.is_relative_to(HERE):
         return (yield)
 
+    own = item.get_closest_marker("limit_s")
+    limit_s = LIMIT_S if own is None else own.args[0]
+
     def give_up(number, frame):
-        raise TookTooLongError(f"{item.nodeid} took more than {LIMIT_S} s")
+        raise TookTooLongError(f"{item.nodeid} took more than {limit_s} s")
 
     before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(LIMIT_S)
-    faulthandler.dump_traceback_later(LIMIT_S + 60, exit=True)
+    signal.alarm(limit_s)
+    faulthandler.dump_traceback_later(limit_s + 60, exit=True)
     try:
         return (yield)
     finally:

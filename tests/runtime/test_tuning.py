@@ -53,7 +53,7 @@ def runs_of(uri):
 KILLED = """
 experiment: sweeps
 base:
-  training: {num_rounds: 16, num_local_steps: 20}
+  training: {num_rounds: 12, num_local_steps: 20}
   evaluation: {every: 2}
   checkpoint: {every: 2}
 space:
@@ -76,6 +76,7 @@ def box(tmp_path_factory):
         found.end_all()
 
 
+@pytest.mark.limit_s(400)
 def test_a_sweep_that_is_killed_and_resumed_has_the_table_of_one_that_was_not(box):
     tmp_path = box.folder
     try:
