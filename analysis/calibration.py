@@ -52,10 +52,13 @@ def main() -> None:
     options = parser.parse_args()
     # As in a host: sums keep their bits.
     torch.set_num_threads(1)
-    found = figures(options.replicates, options.seeds)
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    found.to_csv(output.with_suffix(".csv"), index=False, float_format="%.6g")
+    figures(options.replicates, options.seeds).to_csv(
+        output.with_suffix(".csv"), index=False, float_format="%.6g"
+    )
+    # What is told and drawn is what the file says.
+    found = pd.read_csv(output.with_suffix(".csv"))
     calibration_picture.draw(found, output.with_suffix(".png"))
     command = (
         f"python -m analysis.calibration --replicates {options.replicates} --seeds {options.seeds}"

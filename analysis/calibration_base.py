@@ -13,9 +13,14 @@ import numpy.typing as npt
 from scipy.stats import norm
 
 from selffl_ray import hierarchy
+from selffl_ray.registry import inter_estimators, intra_estimators
 
 Floats = npt.NDArray[np.float64]
 
+INTER = tuple(name for name in inter_estimators.names() if name != "known")
+INTRA = tuple(name for name in intra_estimators.names() if name != "known")
+"""The package's estimators, without those that are told the truth. Read once: the study of the
+collapse adds one of its own to the registry."""
 NOMINAL = 0.9
 """Coverage that the posterior intervals claim."""
 HALF_WIDTH = float(norm.ppf(0.5 + NOMINAL / 2))
@@ -28,8 +33,8 @@ class Figure(NamedTuple):
     part: inter, intra, regression or collapse; estimator: a name of the registry, or a reference
     rule; variant: what differs within a part; num_clients, inter_var, num_examples: the setting,
     NaN where it has none or all are taken together; error: Monte Carlo standard error, NaN for a
-    number without chance; specification: the same number in ``method.md``, NaN if it has none;
-    tolerance: allowed difference from it.
+    number without chance; specification: the same number in the method specification, NaN if it has
+    none; tolerance: allowed difference from it.
     """
 
     part: str

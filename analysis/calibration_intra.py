@@ -29,7 +29,6 @@ from analysis import calibration_base as base
 from analysis.calibration_base import Figure, Floats, Measured
 from selffl_ray import ExperimentConfig, load_config, run_experiment
 from selffl_ray.experiment import prepare_experiment
-from selffl_ray.registry import intra_estimators
 
 SIZES = (25, 100, 400)
 CLIENTS_A_SIZE = 8
@@ -41,7 +40,7 @@ NUM_ROUNDS = 6
 """The first upload starts elsewhere and ``round_window`` remembers the five after it."""
 BAYES = "true variances"
 SAMPLINGS: Mapping[str, Sequence[str]] = {
-    "replacement": tuple(n for n in intra_estimators.names() if n != "known"),
+    "replacement": base.INTRA,
     "epoch": ("round_window", "split_half", "trajectory", "trajectory_rescaled"),
 }
 """How batches are drawn, and the estimators that are tried with it. Independent batches are what
@@ -142,8 +141,10 @@ def slope(intra_M: Floats, num_M: npt.NDArray[np.int64]) -> float:
 
 
 class Judged(NamedTuple):
-    """A rule on one draw, by client (M,): ratio of its variance to the truth, squared error of the
-    posterior mean, share of coordinates covered.
+    """A rule on one draw, by client, (M,).
+
+    ratio_M: its variances over the true ones; square_M: mean square error of the posterior mean;
+    covered_M: share of coordinates inside the interval.
     """
 
     ratio_M: Floats

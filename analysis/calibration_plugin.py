@@ -1,7 +1,7 @@
 """An intra-client estimator for the study of the collapse, loaded by ``plugins:``.
 
-It makes the mistake that ``method.md`` 5.4 forbids: true variances, on the scale of the local
-optima, beside uploads that early stopping has shrunk.
+It makes the mistake that the method specification forbids (5.4): true variances, on the scale of
+the local optima, beside uploads that early stopping has shrunk.
 """
 
 from __future__ import annotations

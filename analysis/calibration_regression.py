@@ -2,13 +2,13 @@
 
 x ~ N(0, I) with 8 coordinates, y = x theta + N(0, 1), so that a client's local optimum, the
 least-squares solution, has variance 1 / (n - 9) a coordinate over draws of x and y. The estimators
-themselves observe a stack that ``local_sgd`` trains. Figures: ``method.md`` 5.1, which does not
-tell batch, rate, steps, start, or where gradients are taken. Its rescaled over its plain trajectory
-figures fix 2 batch / rate near 400; batch 20 at rate 0.1, 200 steps from the true parameters
-are our choice. Gradients are taken at each client's own optimum (a client that has fitted its data,
-as in the text's explanation) and also at the true parameters. The text's split-half figure at 400
-examples leaves no room for batch noise, so its halves are compared trained to the end on full
-batches, and are shown with batches of 20 as well.
+observe a stack of 200 clients that ``local_sgd`` trains. Figures: method specification, 5.1, which
+does not tell batch, rate, steps, start, or where gradients are taken, so the pattern is what can be
+compared. Its rescaled over its plain trajectory figures fix 2 batch / rate near 400; batches of 20
+at rate 0.1 for 200 steps from the true parameters are our choice. Gradients are taken at each
+client's own optimum (a client that has fitted its data, as in the text's explanation) and also at
+the true parameters. The text's split-half figure at 400 examples leaves no room for batch noise, so
+it stands beside halves trained to the end on full batches; those of batches of 20 are shown too.
 
 Shape letters: C clients of a stack, N examples, P coordinates.
 """
@@ -43,7 +43,7 @@ TRAINING = TrainingConfig(
 MODEL = linear(LinearConfig(bias=False, dtype="float64"), DataShape((DIMENSION,), 1))
 CHUNKS = "gradient_chunks, J=5"
 AT_OPTIMUM = "gradients at the own optimum"
-FROM_TRUTH = "from the true parameters"
+FROM_TRUTH = "start and gradients at the true parameters"
 FULL_BATCHES = "full batches, to the end"
 FULL_RATE = 0.3
 FULL_STEPS = {25: 1000, 100: 100, 400: 100}
@@ -117,15 +117,14 @@ def train(stack: Stack) -> Observed:
 
 
 def estimators() -> dict[str, IntraEstimator]:
-    """All but ``known``, with their default options but five chunks."""
+    """All of them, with their default options but five chunks."""
     context = IntraContext(MODEL.spec.groups("model"), 1.0, 1, None)
     made = {}
-    for name in intra_estimators.names():
-        options = intra_estimators.get(name).config_type
+    for name in base.INTRA:
         if name == "gradient_chunks":
-            chunks = Component(name, options(num_chunks=5))
-            made[CHUNKS] = intra_estimators.make(chunks, context)
-        elif name != "known":
+            five = intra_estimators.get(name).config_type(num_chunks=5)
+            made[CHUNKS] = intra_estimators.make(Component(name, five), context)
+        else:
             made[name] = intra_estimators.make(Component(name), context)
     return made
 
