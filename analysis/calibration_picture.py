@@ -122,51 +122,28 @@ def _inter_cost(axis: Any, found: pd.DataFrame) -> None:
 
 def _collapse(axis: Any, found: pd.DataFrame) -> None:
     line = np.linspace(0, 9, 600)
+    closed = [collapse.closed_form(v) for v in line]
     axis.plot(line, line, color="#999999", linestyle=":", label="truth")
-    axis.plot(
-        line, [collapse.closed_form(v) for v in line], color="#cc3311", label="closed form (5.3)"
-    )
+    axis.plot(line, closed, color="#cc3311", label="closed form (5.3)")
     part = found[found["part"] == "collapse"]
-    by_hand = part[(part["variant"] == collapse.SHRUNK) & (part["estimator"] == "empirical")]
-    axis.plot(
-        by_hand["inter_var"],
-        by_hand["value"],
-        "o",
-        color="#cc3311",
-        markersize=8,
-        fillstyle="none",
-        label="`empirical`, iterated on shrunk uploads",
-    )
-    linear = part[(part["variant"] == collapse.SHRUNK) & (part["estimator"] == "moments")]
-    axis.plot(
-        linear["inter_var"],
-        linear["value"],
-        "s",
-        color=INTER_COLOURS["moments"],
-        label="`moments`, iterated on shrunk uploads",
-    )
-    undone = part[(part["variant"] == collapse.DESHRUNK) & (part["estimator"] == "moments")]
-    axis.plot(
-        undone["inter_var"],
-        undone["value"],
-        "*",
-        color=INTER_COLOURS["moments"],
-        markersize=9,
-        label="`moments`, de-shrunk first",
-    )
+    for name, variant, marker, label in (
+        ("empirical", collapse.SHRUNK, "o", "`empirical`, iterated on shrunk uploads"),
+        ("moments", collapse.SHRUNK, "s", "`moments`, iterated on shrunk uploads"),
+        ("moments", collapse.DESHRUNK, "*", "`moments`, de-shrunk first"),
+    ):
+        rows = part[(part["estimator"] == name) & (part["variant"] == variant)]
+        rows = rows[rows["quantity"] == "fixed_point"]
+        style = {"color": INTER_COLOURS[name], "markersize": 8, "label": label}
+        fill = "none" if name == "empirical" else "full"
+        axis.plot(rows["inter_var"], rows["value"], marker, fillstyle=fill, **style)
     for preset, marker in zip(collapse.PRESETS, "x+", strict=True):
         rows = part[part["variant"] == f"Self-FL, {preset}"].pivot_table(
             index="inter_var", columns="quantity", values="value"
         )
         # A run's own draw has its own spread: it belongs beside the closed form for that spread.
-        axis.plot(
-            rows["first_round"] - collapse.INTRA_VAR,
-            rows["last_round"],
-            marker,
-            color="black",
-            markersize=8,
-            label=f"Self-FL run, {preset}, `empirical`",
-        )
+        spread = rows["first_round"] - collapse.INTRA_VAR
+        label = f"Self-FL run, {preset}, `empirical`"
+        axis.plot(spread, rows["last_round"], marker, color="black", markersize=8, label=label)
     axis.set(
         xlabel=r"spread of the optima minus the intra variance $\sigma^2 = 1$",
         ylabel="estimate that the iteration ends at",
@@ -208,7 +185,7 @@ def _over_examples(axis: Any, found: pd.DataFrame) -> None:
     axis.set(
         xlabel="examples of the client, n",
         ylabel="mean estimate of the variance of its optimum",
-        title="Variance over time (dashed) does not see n",
+        title="Variance over time (dashed) sees n only if rescaled",
         ylim=(8e-5, 0.06),
     )
     axis.legend(loc="lower left", ncols=2, fontsize=7, title="and slope against log 1 / n")

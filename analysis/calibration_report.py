@@ -156,8 +156,24 @@ def _intra_findings(found: pd.DataFrame) -> list[str]:
         "Risk of plugging both in, with `moments`, own estimates (pooled in brackets): "
         + "; ".join(f"{n} {cost(n, 'own')} ({cost(n, 'pooled')})" for n in names)
         + ". Pooling puts the slope right, not the level.",
+        _regression_finding(found[found["part"] == "regression"]),
         *_collapse_findings(found[found["part"] == "collapse"]),
     ]
+
+
+def _regression_finding(part: pd.DataFrame) -> str:
+    def ratios(name: str, variant: str) -> str:
+        rows = part[part["variant"] == variant]
+        found_at = [tables.one(rows, estimator=name, num_examples=n) for n in regression.SIZES]
+        return ", ".join(f"{row['value']:.2f}" for row in found_at)
+
+    sizes = ", ".join(str(n) for n in regression.SIZES)
+    return (
+        f"In linear regression at {sizes} examples, over the truth: `trajectory` "
+        f"{ratios('trajectory', regression.FROM_TRUTH)}; `gradient` at the fitted optimum "
+        f"{ratios('gradient', regression.AT_OPTIMUM)}, at the true parameters "
+        f"{ratios('gradient', regression.FROM_TRUTH)}."
+    )
 
 
 def _collapse_findings(part: pd.DataFrame) -> list[str]:
@@ -175,5 +191,7 @@ def _collapse_findings(part: pd.DataFrame) -> list[str]:
         f"de-shrunk uploads `moments` stays at "
         f"{ends('moments', collapse.DESHRUNK, 'fixed_point')}. A run of Self-FL (`exact`) ends at "
         f"{ends('empirical', exact, 'last_round')}, where the closed form for its own draw says "
-        f"{ends('empirical', exact, 'closed_form')}."
+        f"{ends('empirical', exact, 'closed_form')}. `as_described`, which starts from the "
+        "leave-one-out mean instead of the mean, ends at "
+        f"{ends('empirical', 'Self-FL, as_described', 'last_round')}."
     ]

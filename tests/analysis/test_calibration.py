@@ -182,7 +182,7 @@ def test_halves_trained_to_the_end_have_the_variance_of_least_squares_on_halves(
     """|a - b|^2 / (4 d) of two solutions with 50 examples each: (1/41 + 1/41) / 4."""
     found = base.mean(variances[100]["split_half", regression.FULL_BATCHES])
     assert near(found, 0.5 * regression.true_variance(50))
-    assert found.error < 0.1 * found.value
+    assert found.error < 0.15 * found.value
 
 
 # ---------------------------------------------------------------------------------------------
