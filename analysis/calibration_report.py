@@ -189,7 +189,7 @@ def _collapse_findings(part: pd.DataFrame) -> list[str]:
         f"{ends('empirical', collapse.SHRUNK, 'fixed_point')} at inter_var {values} (intra "
         f"variance 1), `moments` at {ends('moments', collapse.SHRUNK, 'fixed_point')}; on "
         f"de-shrunk uploads `moments` stays at "
-        f"{ends('moments', collapse.DESHRUNK, 'fixed_point')}. A run of Self-FL (`exact`) ends at "
+        f"{ends('moments', collapse.DESHRUNK, 'fixed_point')}. Runs of Self-FL with true intra variances beside shrunk uploads: `exact` ends at "
         f"{ends('empirical', exact, 'last_round')}, where the closed form for its own draw says "
         f"{ends('empirical', exact, 'closed_form')}. `as_described`, which starts from the "
         "leave-one-out mean instead of the mean, ends at "
