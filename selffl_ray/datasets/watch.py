@@ -50,6 +50,10 @@ LEFT_OUT = 255
 NUM_STATISTICS = 12
 """Features of each channel, see ``summarise``."""
 
+NPY_1_0 = b"\x93NUMPY\x01\x00"
+ONE_OBJECT = b"{'descr': '|O', 'fortran_order': False, 'shape': (), }"
+"""How a .npy file starts, and the header of one that holds a pickled object."""
+
 BROKEN = (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError,
           OverflowError, MemoryError)  # fmt: skip
 """What unpickling a file that is not as it was written may raise."""
@@ -329,14 +333,10 @@ def read_recordings(path: Path) -> list[Recording]:
 
 
 def _unpickle(raw: bytes) -> dict[str, Any]:
-    file = BytesIO(raw)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("a .npy file of another version")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    if shape != () or dtype != np.dtype(object):
-        raise ValueError(f"an array {shape} of {dtype} instead of one object")
-    array = _Unpickler(file).load()
-    (content,) = array.raw
+    start = 10 + int.from_bytes(raw[8:10], "little")
+    if raw[:8] != NPY_1_0 or raw[10:start].strip() != ONE_OBJECT:
+        raise ValueError(f"a file that starts with {raw[:8]!r} and {raw[10:start].strip()!r}")
+    (content,) = _Unpickler(BytesIO(raw[start:])).load().raw
     if not isinstance(content, dict):
         raise TypeError(f"a {type(content).__name__} instead of a dict")
     return content
