@@ -247,17 +247,20 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
 
 def data_list(options: argparse.Namespace, say: Say) -> int:
     """``selffl data list``."""
-    rows = []
+    rows, missing = [], []
     for name in datasets.names():
         dataset = datasets.make(Component(name))
         try:
             dataset.find(None)
             state = "ready"
-        except SelfFLError:
+        except SelfFLError as error:
             state = "needs --source"
+            missing.append(str(error))
         clients = "its own" if dataset.natural else "by partition"
         rows.append([name, state, clients, datasets.get(name).summary])
     say.out(text_table(["data set", "here", "clients", "what it is"], rows, left=True))
+    if missing:
+        say.out("\n" + "\n".join(missing))
     return 0
 
 

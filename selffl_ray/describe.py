@@ -11,15 +11,20 @@ import numpy.typing as npt
 from selffl_ray.console import text_table
 from selffl_ray.experiment import Prepared
 
+MOST_NAMED = 20
+"""Names of more labels than that would overlap in the picture."""
+
 
 class Description(NamedTuple):
     """Clients by labels, and lines for a person.
 
-    counts_MK: examples of each client and class, empty for regression; sizes_M: of each client.
+    counts_MK: examples of each client and class, empty for regression; sizes_M: of each client;
+    label_names: of the K classes.
     """
 
     sizes_M: npt.NDArray[np.int64]
     counts_MK: npt.NDArray[np.int64]
+    label_names: tuple[str, ...]
     lines: list[str]
 
 
@@ -44,22 +49,23 @@ def describe(prepared: Prepared) -> Description:
         f"size skew {_gini(sizes):.2f} (Gini: 0 equal, near 1 one client has all)",
     ]
     counts = np.empty((len(clients), 0), np.int64)
+    names: tuple[str, ...] = ()
     if dataset.task.score_name == "accuracy":
         labels = prepared.store.labels()
         classes = dataset.shape.num_outputs
         counts = np.stack([np.bincount(labels[rows], minlength=classes) for rows in own])
-        lines += _label_lines(counts, dataset.label_names)
-    return Description(sizes, counts, lines)
+        names = dataset.label_names or tuple(str(k) for k in range(classes))
+        lines += _label_lines(counts, names)
+    return Description(sizes, counts, names, lines)
 
 
 def _label_lines(counts: npt.NDArray[np.int64], names: tuple[str, ...]) -> list[str]:
     total = counts.sum(axis=0)
     share = counts / counts.sum(axis=1, keepdims=True)
     distance = 0.5 * np.abs(share - total / total.sum()).sum(axis=1)
-    shown = names or tuple(str(k) for k in range(len(total)))
     rows = [
         [str(name), str(n), f"{100 * n / total.sum():.1f} %", str(int((counts[:, k] > 0).sum()))]
-        for k, (name, n) in enumerate(zip(shown, total, strict=True))
+        for k, (name, n) in enumerate(zip(names, total, strict=True))
     ]
     return [
         f"label skew {distance.mean():.2f} (mean distance of a client's label shares from the "
@@ -89,6 +95,7 @@ def draw(description: Description, title: str, path: Path) -> None:
     sizes = description.sizes_M
     axes[0, 0].bar(np.arange(len(sizes)), sizes, color="#4477aa")
     axes[0, 0].set(xlabel="client", ylabel="examples", title="Examples of each client")
+    axes[0, 0].xaxis.get_major_locator().set_params(integer=True)
     if with_labels:
         counts = description.counts_MK
         share = counts / counts.sum(axis=1, keepdims=True)
@@ -96,6 +103,9 @@ def draw(description: Description, title: str, path: Path) -> None:
             share.T, aspect="auto", origin="lower", cmap="viridis", vmin=0, interpolation="nearest"
         )
         axes[0, 1].set(xlabel="client", ylabel="label", title="Share of each label")
+        axes[0, 1].xaxis.get_major_locator().set_params(integer=True)
+        if counts.shape[1] <= MOST_NAMED:
+            axes[0, 1].set_yticks(np.arange(counts.shape[1]), description.label_names)
         figure.colorbar(image, ax=axes[0, 1])
     figure.suptitle(title)
     figure.tight_layout()

@@ -621,12 +621,16 @@ def test_a_comparison_that_is_stopped_says_how_to_go_on(selffl, monkeypatch, tmp
 def test_the_data_sets_are_listed_with_what_they_need(selffl):
     said = selffl("data", "list")
     assert said.code == 0
-    rows = {line.split()[0]: line for line in said.out.splitlines()[2:]}
+    table, remedies = said.out.split("\n\n")
+    rows = {line.split()[0]: line for line in table.splitlines()[2:]}
     assert sorted(rows) == datasets.names()
     assert "ready" in rows["digits"]
     assert "its own" in rows["digits"]
     assert "needs --source" in rows["mnist"]
     assert "by partition" in rows["mnist"]
+    assert "mnist: data.source is not set; fetch the four files" in remedies
+    named = [line.partition(":")[0] for line in remedies.splitlines()]
+    assert named == [name for name in rows if "needs --source" in rows[name]]
 
 
 def test_a_description_has_the_numbers_of_the_clients_and_a_picture(selffl, tmp_path):

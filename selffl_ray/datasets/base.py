@@ -13,7 +13,7 @@ import numpy.typing as npt
 from selffl_ray.errors import ConfigError
 from selffl_ray.tasks import CLASSIFICATION, DataShape, Task
 
-TRAIN, TEST = 0, 1
+TRAIN, TEST, VAL = 0, 1, 2
 """Values of the official split of an example."""
 
 
@@ -22,7 +22,7 @@ class Group(NamedTuple):
 
     client_id: the natural client's name; empty in a pool.
     x: (N, *input_shape), uint8 pixels, int64 tokens or floats. y: (N,) int64 labels, or floats.
-    official: (N,) uint8 TRAIN or TEST as published, or None without a published split.
+    official: (N,) uint8 TRAIN, TEST or VAL as published, or None without a published split.
     """
 
     client_id: str

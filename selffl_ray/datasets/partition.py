@@ -15,26 +15,29 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from selffl_ray.datasets.base import TEST, TRAIN, Dataset
+from selffl_ray.datasets.base import TEST, TRAIN, VAL, Dataset
 from selffl_ray.datasets.store import Store
 from selffl_ray.errors import ConfigError, DataError
 from selffl_ray.registry import register_partitioner
 from selffl_ray.seeding import generator
 
 Rows = npt.NDArray[np.int64]
+NO_ROWS: Rows = np.empty(0, np.int64)
 
 
 class Hand(NamedTuple):
     """What one client is dealt.
 
     rows: its own examples; test_rows: examples from the published test part, if the partition
-    takes test data from there; quarter_turns: by which its images are turned anticlockwise.
+    takes test data from there; quarter_turns: by which its images are turned anticlockwise;
+    val_rows: examples from the published validation part.
     """
 
     client_id: str
     rows: Rows
     test_rows: Rows
     quarter_turns: int = 0
+    val_rows: Rows = NO_ROWS
 
 
 class Deal(NamedTuple):
@@ -48,9 +51,6 @@ class Deal(NamedTuple):
     labels: npt.NDArray[Any]
     test_pool: Rows
     rng: np.random.Generator
-
-
-NO_ROWS: Rows = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,13 +157,12 @@ def natural(config: NaturalConfig, dataset: Dataset, store: Store, seed: int) ->
     hands = []
     official = store.official()
     for batch, client_id in enumerate(store.client_ids):
-        rows = np.arange(store.start_rows[batch], store.start_rows[batch + 1])
-        test = rows[official[rows] == TEST]
-        rows = rows[official[rows] == TRAIN]
+        own = np.arange(store.start_rows[batch], store.start_rows[batch + 1])
+        rows, test, val = (own[official[own] == part] for part in (TRAIN, TEST, VAL))
         if config.sizes is not None:
             size = min(int(config.sizes.draw(rng, 1)[0]), len(rows))
             rows = np.sort(rng.permutation(rows)[:size])
-        hands.append(Hand(client_id, rows, test))
+        hands.append(Hand(client_id, rows, test, val_rows=val))
     return hands
 
 
@@ -173,6 +172,12 @@ def _deal_from(config: PooledConfig, dataset: Dataset, store: Store, seed: int) 
             f"data.partition.name: {dataset.name} has no class labels to deal by; use natural"
         )
     official = store.official()
+    if (official == VAL).any():
+        # Such parts may be cut by time from what overlaps; dealing anew would leak test into train.
+        raise ConfigError(
+            f"data.partition.name: {dataset.name} is published as training, validation and test "
+            "parts, which dealing would mix; use natural"
+        )
     rows = np.arange(len(official), dtype=np.int64)
     test_pool = rows[official == TEST]
     if config.test_examples:

@@ -44,18 +44,14 @@ def split_clients(
     """Split every client's own rows, and hold out some clients as new.
 
     Args:
-        shares: of train, validation and test; if clients were dealt test rows of their own, the
-            share of test must be 0.
+        shares: of train, validation and test; the share of a part that clients were dealt rows of
+            their own for must be 0.
         new_share: share of the clients held out, in [0, 1).
 
     Raises:
         ConfigError: shares that do not fit. DataError: a client left without training examples.
     """
-    if any(len(hand.test_rows) for hand in hands) and shares[2] > 0:
-        raise ConfigError(
-            f"evaluation.splits: the clients have test examples apart from their own, so the share "
-            f"of test must be 0, got {list(shares)}; give [train, val, 0]"
-        )
+    _check_shares(hands, shares)
     rows = [_split(hand, shares, seed) for hand in hands]
     held = round(new_share * len(rows))
     if new_share > 0 and not held:
@@ -73,6 +69,20 @@ def split_clients(
     return Partition(clients, tuple(rows[i] for i in sorted(new)), _digest(rows, new))
 
 
+def _check_shares(hands: Sequence[Hand], shares: tuple[float, float, float]) -> None:
+    apart = {
+        "val": any(len(hand.val_rows) for hand in hands),
+        "test": any(len(hand.test_rows) for hand in hands),
+    }
+    for (part, given), share in zip(apart.items(), shares[1:], strict=True):
+        if given and share > 0:
+            fitting = ", ".join("0" if dealt else name for name, dealt in apart.items())
+            raise ConfigError(
+                f"evaluation.splits: the clients have {part} examples apart from their own, so the "
+                f"share of {part} must be 0, got {list(shares)}; give [train, {fitting}]"
+            )
+
+
 def _split(hand: Hand, shares: tuple[float, float, float], seed: int) -> ClientRows:
     if not len(hand.rows):
         raise DataError(
@@ -87,7 +97,7 @@ def _split(hand: Hand, shares: tuple[float, float, float], seed: int) -> ClientR
             f"client {hand.client_id!r} has {len(order)} examples and with evaluation.splits "
             f"{list(shares)} none of them is for training; raise the first share"
         )
-    test = np.concatenate([test, hand.test_rows])
+    val, test = np.concatenate([val, hand.val_rows]), np.concatenate([test, hand.test_rows])
     # Training rows keep their random order: variance estimates cut chunks from it.
     return ClientRows(hand.client_id, train, np.sort(val), np.sort(test), hand.quarter_turns)
 

@@ -246,7 +246,7 @@ class Store:
         return np.concatenate(parts).reshape(-1, *self.manifest.y_shape)
 
     def official(self) -> npt.NDArray[np.uint8]:
-        """The published split of all rows: TRAIN or TEST."""
+        """The published split of all rows: TRAIN, TEST or VAL."""
         parts = [_flat(self._batch(i).column("official")) for i in range(self.manifest.num_batches)]
         return np.concatenate(parts)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from selffl_ray.client_data import ClientData
 from selffl_ray.datasets import splits
-from selffl_ray.datasets.base import TEST, TRAIN, Dataset, Group, no_files
+from selffl_ray.datasets.base import TEST, TRAIN, VAL, Dataset, Group, no_files
 from selffl_ray.datasets.gaussian import GaussianConfig
 from selffl_ray.datasets.partition import (
     DirichletConfig,
@@ -64,6 +64,17 @@ NATURAL = made(
             client_id="bert", official=np.repeat([TRAIN, TEST], [20, 10]).astype(np.uint8)
         ),
         balanced(4, TRAIN, 6)._replace(client_id="carl", official=None),
+    ],
+    natural=True,
+)
+
+THREE_PARTS = made(
+    "toy_three_parts",
+    [
+        balanced(20, TRAIN, 7)._replace(
+            client_id=client_id, official=np.repeat([TRAIN, VAL, TEST], [9, 5, 6]).astype(np.uint8)
+        )
+        for client_id in ("anna", "bert")
     ],
     natural=True,
 )
@@ -162,6 +173,20 @@ def test_natural_clients_keep_their_rows_and_their_published_test_part():
     assert hands[1].rows.tolist() == list(range(50, 70))
     assert hands[1].test_rows.tolist() == list(range(70, 80))
     assert hands[2].rows.tolist() == list(range(80, 84))
+
+
+def test_natural_clients_keep_their_published_validation_part():
+    hands, _ = deal("natural", NaturalConfig(), dataset=THREE_PARTS)
+    for start, hand in zip((0, 20), hands, strict=True):
+        parts = [hand.rows, hand.val_rows, hand.test_rows]
+        assert [len(part) for part in parts] == [9, 5, 6]
+        np.testing.assert_array_equal(np.concatenate(parts), np.arange(start, start + 20))
+
+
+def test_sizes_thin_the_training_part_only():
+    config = NaturalConfig(sizes=SizesConfig(min=3, max=3))
+    hands, _ = deal("natural", config, dataset=THREE_PARTS)
+    assert [(len(h.rows), len(h.val_rows), len(h.test_rows)) for h in hands] == [(3, 5, 6)] * 2
 
 
 def test_sizes_thin_natural_clients_at_random_to_no_more_than_they_have():
@@ -347,6 +372,10 @@ TOO_MUCH = {
     "rotation of oblong images": (
         "rotation", RotationConfig(), OBLONG, ConfigError,
         r"rotation needs square images, toy_oblong has \(1, 4, 3\)",
+    ),
+    "parts that dealing would mix": (
+        "iid", PooledConfig(num_clients=2), THREE_PARTS, ConfigError,
+        "toy_three_parts is published as training, validation and test parts, .*; use natural",
     ),
     "no published test part": (
         "iid", PooledConfig(test_examples=5), NO_TEST, ConfigError,

@@ -14,8 +14,8 @@ from selffl_ray.errors import ConfigError, DataError
 SHARES = (0.6, 0.2, 0.2)
 
 
-def hands_of(sizes, *, test=0, turns=0):
-    """Clients with rows 0, 1, 2, ... one after the other, and test rows from 10,000 on."""
+def hands_of(sizes, *, test=0, val=0, turns=0):
+    """Clients with rows 0, 1, 2, ... in turn, test rows from 10,000 on, val rows from 20,000."""
     ends = np.cumsum([0, *sizes])
     return [
         Hand(
@@ -23,6 +23,7 @@ def hands_of(sizes, *, test=0, turns=0):
             np.arange(ends[m], ends[m + 1]),
             np.arange(10_000 + m * test, 10_000 + (m + 1) * test),
             turns,
+            np.arange(20_000 + m * val, 20_000 + (m + 1) * val),
         )
         for m in range(len(sizes))
     ]
@@ -82,6 +83,19 @@ def test_test_rows_of_the_published_part_are_the_clients_test_rows():
         assert len(client.train) + len(client.val) == size
         assert len(client.test) == 7
         assert client.test.min() >= 10_000
+
+
+def test_validation_rows_of_the_published_part_are_the_clients_validation_rows():
+    partition = split_clients(hands_of([20, 30], test=7, val=4), (1.0, 0.0, 0.0), 0.0, 0)
+    for client, size in zip(partition.clients, (20, 30), strict=True):
+        assert [len(part) for part in (client.train, client.val, client.test)] == [size, 4, 7]
+        assert client.val.min() >= 20_000
+        assert 10_000 <= client.test.min() <= client.test.max() < 20_000
+
+
+def test_a_client_may_have_a_published_validation_part_only():
+    (client,) = split_clients(hands_of([20], val=4), (0.5, 0.0, 0.5), 0.0, 0).clients
+    assert [len(part) for part in (client.train, client.val, client.test)] == [10, 4, 10]
 
 
 def test_turns_are_handed_on():
@@ -146,6 +160,7 @@ def test_the_digest_changes_with_anything_that_changes_training_or_tests():
         digest(list(reversed(hands_of([20] * 10)))),
         digest(hands_of([20] * 10, test=1), shares=(0.6, 0.4, 0.0)),
         digest(hands_of([20] * 10, test=2), shares=(0.6, 0.4, 0.0)),
+        digest(hands_of([20] * 10, val=1), shares=(0.6, 0.0, 0.4)),
     ]
     assert len(set(digests)) == len(digests)
     assert digest() == digests[0]
@@ -170,6 +185,12 @@ def test_a_share_of_test_beside_published_test_rows_is_refused():
     message = r"share of test must be 0, got \[0\.6, 0\.2, 0\.2\]; give \[train, val, 0\]"
     with pytest.raises(ConfigError, match=message):
         split_clients(hands_of([10, 10], test=3), SHARES, 0.0, 0)
+
+
+@pytest.mark.parametrize(("test", "splits"), [(0, r"\[train, 0, test\]"), (3, r"\[train, 0, 0\]")])
+def test_a_share_of_validation_beside_published_validation_rows_is_refused(test, splits):
+    with pytest.raises(ConfigError, match=rf"share of val must be 0, got .*; give {splits}"):
+        split_clients(hands_of([10, 10], val=3, test=test), SHARES, 0.0, 0)
 
 
 def test_holding_out_everybody_or_nobody_is_refused():
