@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := dev
+EXTRAS := dev,watch
 STAMP := $(VENV)/.installed
 SELFFL := $(BIN)/selffl
 # Nothing reports to anybody, and Ray stays on loopback.
