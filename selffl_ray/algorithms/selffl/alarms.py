@@ -106,8 +106,8 @@ def floor(probe: Probed) -> str | None:
         at_zero = probe.share((probe.inter_G == 0) & (probe.smoothed_G <= SMALL_SHARE))
         if at_zero >= 0.5:
             return (
-                "the inter-client variance is estimated as 0, so clients count as alike and every "
-                "personalized model stays at its start; right for clients with the same "
+                "the inter-client variance is estimated as 0, so clients count as alike and "
+                "personalized models hardly leave their start; right for clients with the same "
                 "distribution, otherwise try another method.inter or method.intra"
             )
     certain_KG = probe.var_KG <= FLOOR * _typical(probe.var_KG)
