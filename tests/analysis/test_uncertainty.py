@@ -182,13 +182,15 @@ def test_a_run_knows_how_many_examples_its_clients_train_on(layers):
 
 
 def test_the_command_leaves_a_page_and_prints_the_table(layers, tmp_path, capsys):
-    assert uncertainty.main([str(layers)]) == 0
+    assert uncertainty.main([str(layers), "--output", str(tmp_path / "new")]) == 0
     for ending in (".png", ".svg"):
-        assert (layers / f"uncertainty{ending}").stat().st_size > 10_000
+        assert (tmp_path / "new" / f"layers-uncertainty{ending}").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert [line.split()[0] for line in printed.splitlines()[3:5]] == ["hidden0", "output"]
-    assert uncertainty.main([str(layers), "--output", str(tmp_path / "new")]) == 0
-    assert (tmp_path / "new" / "layers-uncertainty.png").exists()
+
+
+def test_a_page_goes_into_its_runs_folder_by_default(layers):
+    assert uncertainty.pictures([layers], None) == [layers / "uncertainty"]
 
 
 def refused(capsys, *arguments):
