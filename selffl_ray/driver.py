@@ -15,6 +15,7 @@ from torch import Tensor
 
 from selffl_ray import trees
 from selffl_ray.algorithms.base import (
+    Alarm,
     Algorithm,
     Federation,
     Gather,
@@ -69,6 +70,7 @@ class RoundRecord:
     faults: int
     gradient_steps: int
     uncertainty: UncertaintyRows | None = None
+    alarms: tuple[Alarm, ...] = ()
     scores: dict[Split, ClientScores] = field(default_factory=dict)
 
 
@@ -105,6 +107,7 @@ def run_rounds(
         server, record = run.algorithm.aggregate(server, sums, reports)
         gradient_steps += sum(answers.gradients.values())
         metrics = dict(record.metrics)
+        metrics |= {alarm.metric: float(alarm.text is not None) for alarm in record.alarms}
         metrics |= _round_metrics(run, plan, answers, gradient_steps)
         metrics["time/round_s"] = time.perf_counter() - began
         done = RoundRecord(
@@ -115,6 +118,7 @@ def run_rounds(
             faults=answers.faults,
             gradient_steps=gradient_steps,
             uncertainty=record.uncertainty,
+            alarms=record.alarms,
         )
         if plan.round_index in run.evaluation.rounds:
             evaluate(run, done)

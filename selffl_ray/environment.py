@@ -54,6 +54,7 @@ def describe_environment(
         "stack_size": prepared.run_spec.stack_size,
         "num_params": prepared.federation.spec.num_params,
         "client_ids": prepared.client_ids,
+        "num_train_examples": [len(c.train) for c in prepared.clients],
         "data_digest": prepared.store.manifest.digest,
         "partition_digest": prepared.partition.digest,
         "numerics": {

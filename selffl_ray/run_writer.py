@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from selffl_ray.tables import (
     write_text,
 )
 from selffl_ray.tracking import MLflowTracker, NoTracker, RunInfo, Tracker
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class RunWriter:
         write_text(self.folder / "config.yaml", to_yaml(config))
         self.tracker: Tracker = self._open_tracker(job)
         self._began = time.monotonic()
+        self._raised: set[str] = set()
 
     def _open_tracker(self, job: Job) -> Tracker:
         config, uri = self.prepared.config, job.store
@@ -99,10 +103,17 @@ class RunWriter:
         write_json(self.folder / "environment.json", found)
 
     def add(self, record: RoundRecord) -> None:
-        """Tables and tracker take in a round."""
+        """Tables and tracker take in a round; an alarm is said the first time it is raised."""
         self.tables.add(record)
         measured = {k: v for k, v in record.metrics.items() if not math.isnan(v)}
         self.tracker.log(measured, record.plan.round_index)
+        config = self.prepared.config
+        for alarm in record.alarms:
+            if alarm.text is not None and alarm.metric not in self._raised:
+                self._raised.add(alarm.metric)
+                run = f"{config.method_label} seed {config.seed}"
+                at = record.plan.round_index
+                logger.warning("%s, round %d, %s: %s", run, at, alarm.metric, alarm.text)
 
     def finish(self, status: str, error: str | None = None) -> dict[str, Any]:
         """Write tables and ``summary.json``, end tracking; returns the summary."""

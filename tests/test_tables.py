@@ -83,6 +83,9 @@ OF_SELFFL = {
     "uncertainty/intra_var_mean",
     "uncertainty/shrinkage_mean",
     "uncertainty/num_local_steps_mean",
+    "uncertainty/alarm_floor",
+    "uncertainty/alarm_ratio",
+    "uncertainty/alarm_no_information",
 }
 
 

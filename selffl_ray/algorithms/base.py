@@ -159,11 +159,23 @@ class UncertaintyRows(NamedTuple):
     agg_weight: Floats
 
 
+class Alarm(NamedTuple):
+    """Something about a round that a person should know, or that it was looked for and not found.
+
+    metric: 1 if raised and 0 if not; text: what it means and what to do, in one line, None if it is
+    not raised. A run says each alarm once, as a warning.
+    """
+
+    metric: str
+    text: str | None
+
+
 class Record(NamedTuple):
-    """What an aggregation tells the tables: metrics by their contract names, and rows."""
+    """What an aggregation tells the tables: metrics by their contract names, rows, and alarms."""
 
     metrics: Mapping[str, float]
     uncertainty: UncertaintyRows | None = None
+    alarms: tuple[Alarm, ...] = ()
 
 
 class Traffic(NamedTuple):

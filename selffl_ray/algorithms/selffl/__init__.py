@@ -18,7 +18,12 @@ to 1/3, readout_steps 50 to 200, beta 0 to .9, discount 0 to 1.
 
 Metrics: ``uncertainty/inter_var`` and ``uncertainty/intra_var_mean`` (raw, on the estimator's
 scale), ``uncertainty/shrinkage_mean``, ``uncertainty/num_local_steps_mean`` (of the early stop or
-readout), means over the clients seen.
+readout), means over the clients seen. Alarms, 1 if raised and 0 if not, each said once a run as a
+warning with its remedy: ``uncertainty/alarm_floor`` (an estimate cut off at 0),
+``uncertainty/alarm_ratio`` (variances too unequal to be of use) and
+``uncertainty/alarm_no_information`` (the intra-client estimator does not tell who is uncertain);
+rules and bounds in ``alarms.py``. They are absent in rounds without a probe and in warm-up rounds,
+whose estimates nobody uses.
 """
 
 from __future__ import annotations

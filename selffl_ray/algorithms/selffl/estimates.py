@@ -93,7 +93,7 @@ def update_estimates(
         else:
             columns = group_columns(groups, g, edges)
             inter_var = _inter_var(inter, groups, probe, known=known, group=g, columns=columns)
-        intra_K = pooled(config, probe, g, known)
+        intra_K = pooled(config.intra_pooling, probe.var_KG[:, g], probe.num_examples)
         new.raw_inter_G[g] = inter_var
         if exact_intra and known_inter_var is not None:
             # Both are the truth: a common scale and a memory could only blur it.
@@ -147,15 +147,18 @@ def _inter_var(
     return inter.solve(Block(*block), floored(intra_K / scale)) * scale
 
 
-def pooled(config: SelfFLConfig, probe: Probe, group: int, known: npt.NDArray[np.bool_]) -> Floats:
-    """Intra variances of all participants as they are used: (K,).
+def pooled(pooling: str, var_K: Floats, num_examples_K: Floats) -> Floats:
+    """Intra variances of a probe's participants as they are used: (K,).
 
     Pooled: mean of n_k var_k over the known ones, over n. Own: as estimated; a participant without
     an estimate gets the largest of the others.
+
+    Args:
+        var_K: raw ones of one group, NaN unknown; at least one is known.
     """
-    var_K, num_K = probe.var_KG[:, group], probe.num_examples
-    if config.intra_pooling == "pooled":
-        return np.asarray((num_K[known] * var_K[known]).mean() / num_K)
+    known = ~np.isnan(var_K)
+    if pooling == "pooled":
+        return np.asarray((num_examples_K[known] * var_K[known]).mean() / num_examples_K)
     return np.where(known, var_K, var_K[known].max())
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from selffl_ray.algorithms.base import Record, Reports, UncertaintyRows
-from selffl_ray.algorithms.selffl.context import Context, Server
+from selffl_ray.algorithms.base import Alarm, Record, Reports, UncertaintyRows
+from selffl_ray.algorithms.selffl.alarms import Probed, alarms
+from selffl_ray.algorithms.selffl.context import Context, Report, Server
 from selffl_ray.algorithms.selffl.readout import schedule
 from selffl_ray.flat import Groups
 
@@ -41,8 +42,29 @@ def record(context: Context, server: Server, reports: Reports, shrink_NG: Floats
         "num_local_steps_mean": float(np.mean(steps_M[seen_M])),
     }
     named = {f"uncertainty/{k}": v for k, v in metrics.items() if not np.isnan(v)}
-    return Record(
-        named, _table(context, server, reports, shrink_MG, steps_M=steps_M, rate_M=rate_M)
+    rows = _table(context, server, reports, shrink_MG, steps_M=steps_M, rate_M=rate_M)
+    return Record(named, rows, _alarms(context, server, reports))
+
+
+def _alarms(context: Context, server: Server, reports: Reports) -> tuple[Alarm, ...]:
+    """Of a probe's round; none where nothing is estimated, or nothing is made of the estimates."""
+    config, round_index = context.config, reports.plan.round_index
+    if not config.probes(round_index) or round_index < config.warm_up_rounds:
+        return ()
+    report: Report = reports.rows
+    num_K = context.federation.num_examples_M[reports.client_index]
+    return alarms(
+        Probed(
+            num_K.astype(np.float64),
+            report.var_CG.numpy(),
+            server.raw_inter_G.numpy(),
+            server.inter_G.numpy(),
+            context.groups.sizes_G.astype(np.float64),
+            config.intra_pooling,
+            first=round_index < config.warm_up_rounds + config.probe_every,
+            known_inter=context.known_inter_var is not None,
+            known_intra=context.intra.exact,
+        )
     )
 
 
@@ -72,7 +94,7 @@ def _table(
 
     def column(values_MG: Floats) -> Floats:
         rows = values_MG[index]
-        return np.asarray(rows if cells is None else rows @ cells).reshape(-1)
+        return (rows if cells is None else _mean_of_known(rows, cells)).reshape(-1)
 
     return UncertaintyRows(
         np.repeat(index, count),
@@ -84,6 +106,14 @@ def _table(
         np.repeat(rate_M[index], count),
         column(server.weight_MG.numpy()),
     )
+
+
+def _mean_of_known(values_KG: Floats, cells_GL: Floats) -> Floats:
+    """Means by layer over the parameters that have a value; NaN where none has. (K, L)."""
+    known_KG = ~np.isnan(values_KG)
+    share_KL = known_KG @ cells_GL
+    total_KL = np.where(known_KG, values_KG, 0.0) @ cells_GL
+    return np.where(share_KL > 0, total_KL / np.where(share_KL > 0, share_KL, 1.0), np.nan)
 
 
 def _summary_groups(context: Context) -> tuple[tuple[str, ...], Floats | None]:
