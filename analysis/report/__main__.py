@@ -1,0 +1,149 @@
+"""Command line of the report."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.report.answer import answer
+from analysis.report.frames import clients_frame, curves_frame, difference_frame, table_frame
+from analysis.report.grouping import sections
+from analysis.report.html import About, Part, page
+from analysis.report.layout import tables
+from analysis.report.plots import pictures
+from analysis.report.selection import Selection, select
+from analysis.report.store import Store, nearest
+from analysis.report.summary import Summary, summarize
+from analysis.report.tables import latex, markdown
+from selffl_ray.errors import UsageError
+from selffl_ray.tables import write_text
+
+EXAMPLE = "example: python -m analysis.report --experiment digits --store sqlite:///mlflow.db"
+PNG_DPI = 200
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.report",
+        description="Tables, plots and one page from the runs of an MLflow experiment.",
+        epilog=EXAMPLE,
+    )
+    parser.add_argument("--experiment", required=True, metavar="NAME", help="MLflow experiment")
+    parser.add_argument("--output", metavar="DIR", help="default: reports/NAME")
+    parser.add_argument(
+        "--store", metavar="URI", help="default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db"
+    )
+    parser.add_argument(
+        "--parent",
+        metavar="RUN",
+        help="id or name of a sweep's parent run; default: the newest sweep, if there is one",
+    )
+    parser.add_argument(
+        "--reference",
+        metavar="LABEL",
+        help="row that the others are compared with; default: FedAvg's, if there is one",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the report; exit status 0, or 2 with one line that says what to mend."""
+    options = build_parser().parse_args(arguments)
+    try:
+        report(options)
+    except UsageError as error:
+        print(f"report: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report(options: argparse.Namespace) -> None:
+    """Read the store, write all files, print where they lie and the tables.
+
+    Raises:
+        UsageError: store, experiment, parent or reference that is not there.
+    """
+    store = Store(options.store)
+    selection = select(store.runs(options.experiment), options.parent)
+    found = sections(selection.runs)
+    summaries = [summarize(store, section, options.reference) for section in found]
+    _check_reference(options.reference, summaries)
+    output = Path(options.output or Path("reports") / options.experiment).absolute()
+    text = write(output, summaries, _about(options, store, selection))
+    print(text)
+    print(f"report: {output / 'report.html'}")
+
+
+def _check_reference(wanted: str | None, summaries: Sequence[Summary]) -> None:
+    labels = list(dict.fromkeys(row.label for s in summaries for row in s.rows))
+    if wanted is not None and wanted not in labels:
+        raise UsageError(
+            f"--reference {wanted!r}: no row has that label; {nearest(wanted, labels)}"
+        )
+
+
+def _about(options: argparse.Namespace, store: Store, selection: Selection) -> About:
+    command = ["python", "-m", "analysis.report"]
+    for name in ("experiment", "parent", "reference"):
+        if (value := getattr(options, name)) is not None:
+            command += [f"--{name}", value]
+    command += ["--store", store.public_uri]
+    return About(
+        options.experiment,
+        store.public_uri,
+        selection.source,
+        selection.left_out,
+        shlex.join(command),
+    )
+
+
+def write(output: Path, summaries: Sequence[Summary], about: About) -> str:
+    """All files of a report; returns the Markdown."""
+    found = [Part(summary, tables(summary), pictures(summary)) for summary in summaries]
+    text = _markdown(about, found)
+    write_text(output / "table.md", text + "\n")
+    write_text(output / "table.tex", _latex(about, found))
+    for name, frame in (
+        ("table", table_frame(summaries)),
+        ("differences", difference_frame(summaries)),
+        ("clients", clients_frame(summaries)),
+        ("curves", curves_frame(summaries)),
+    ):
+        _write_csv(output / f"{name}.csv", frame)
+    for part in found:
+        for picture in part.pictures:
+            picture.figure.savefig(output / f"{picture.name}.png", dpi=PNG_DPI)
+    write_text(output / "report.html", page(about, found))
+    return text
+
+
+def _write_csv(path: Path, frame: pd.DataFrame) -> None:
+    write_text(path, frame.to_csv(index=False, lineterminator="\n"))
+
+
+def _markdown(about: About, parts: Sequence[Part]) -> str:
+    blocks = [f"## {about.experiment}"]
+    for part in parts:
+        blocks.append(" ".join(answer(part.summary)))
+        blocks += [markdown(table) for table in part.tables]
+    left = "; ".join(about.left_out) or "nothing"
+    blocks.append(f"Runs: {about.source}. Left out: {left}. Made by `{about.command}`.")
+    return "\n\n".join(blocks)
+
+
+def _latex(about: About, parts: Sequence[Part]) -> str:
+    head = [
+        f"% Made by {about.command}",
+        r"% Needs \usepackage{booktabs}; UTF-8. \input it where the tables belong.",
+    ]
+    return "\n\n".join(["\n".join(head), *(latex(t) for p in parts for t in p.tables)]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
