@@ -71,7 +71,7 @@ def _lead(summary: Summary) -> list[str]:
     interval = best.mean(summary.local)
     assert interval is not None
     first = (
-        f"{_where(summary)}, {best.label} has the {quality(summary)} local {summary.score}: "
+        f"{_where(summary)}, {best.label} has the {quality(summary)} mean local {summary.score}: "
         f"{_value(summary, interval, summary.local)}."
     )
     return [first, *_next(summary, best, measure)]
@@ -132,7 +132,7 @@ def _global(summary: Summary) -> list[str]:
     interval = best.mean(summary.global_)
     assert interval is not None
     told = (
-        f"The {quality(summary)} global {summary.score} is that of {best.label}: "
+        f"The {quality(summary)} mean global {summary.score} is that of {best.label}: "
         f"{_value(summary, interval, summary.global_)}"
     )
     same = [row.label for row, bold in zip(summary.rows, ranking.bold, strict=True) if bold]

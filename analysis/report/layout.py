@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from analysis.report.answer import SPLIT_WORDS
 from analysis.report.clients import ClientComparison
 from analysis.report.grouping import PairKey
 from analysis.report.measures import FACTORS, Measure, decimals, shown, signed, span
@@ -27,12 +26,9 @@ def tables(summary: Summary) -> list[Table]:
 
 
 def heading(summary: Summary, what: str) -> str:
-    """Title of a table: what it shows, of which data, on which data set."""
+    """Title of a table: what it shows, on which data set, in which stage of a sweep."""
     stage = {"confirm": ", confirmed with fresh seeds", "select": ", stage that selects"}
-    return (
-        f"{what}: {SPLIT_WORDS[summary.split].upper()} of {summary.section.title}"
-        f"{stage.get(summary.section.stage, '')}"
-    )
+    return f"{what}, {summary.section.title}{stage.get(summary.section.stage, '')}"
 
 
 def name(summary: Summary, what: str) -> str:
@@ -60,7 +56,7 @@ def cost_table(summary: Summary) -> Table:
     measures = summary.costs()
     return Table(
         name(summary, "cost"),
-        f"Cost of one run on {summary.section.title}",
+        heading(summary, "Cost of one run"),
         "",
         ("method", *(_title(m) for m in measures)),
         _rows(summary, measures),

@@ -53,16 +53,26 @@ def score_measures(split: str, score: str) -> list[Measure]:
     return [
         Measure(f"{split}/global_{score}", "global", unit, up, no_global),
         Measure(local, "local", unit, up),
-        Measure(f"{local}_mean", "local, mean over clients", unit, up),
-        Measure(f"{local}_std", "std over clients", unit, 0),
-        Measure(f"{local}_worst10", "worst 10 %", unit, up),
-        Measure(f"{local}_best10", "best 10 %", unit, up),
+        Measure(f"{local}_mean", "client mean", unit, up),
+        Measure(f"{local}_std", "client std", unit, 0),
+        Measure(f"{local}_worst10", "worst tenth", unit, up),
+        Measure(f"{local}_best10", "best tenth", unit, up),
         Measure(f"{split}/clients_harmed_vs_global", "harmed vs global", "percent", -1, no_global),
         Measure(
-            f"{split}/clients_harmed_vs_local", "vs local", "percent", -1, alone, optional=True
+            f"{split}/clients_harmed_vs_local",
+            "harmed vs local",
+            "percent",
+            -1,
+            alone,
+            optional=True,
         ),
         Measure(
-            f"{split}/clients_harmed_vs_fedavg", "vs fedavg", "percent", -1, alone, optional=True
+            f"{split}/clients_harmed_vs_fedavg",
+            "harmed vs fedavg",
+            "percent",
+            -1,
+            alone,
+            optional=True,
         ),
         Measure(f"new/local_{score}", "new clients, local", unit, up, optional=True),
     ]

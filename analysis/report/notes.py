@@ -88,8 +88,8 @@ def _partitions(summary: Summary) -> Iterable[str]:
 def _columns(summary: Summary, measures: Sequence[Measure]) -> Iterable[str]:
     yield (
         "global: the server's model on all clients' examples; local: each client's personalized "
-        "model on its own, weighted by examples; mean, std, worst and best tenth over clients, "
-        "unweighted."
+        "model on its own, weighted by examples; client mean and std, worst and best tenth: the "
+        "local score over clients, unweighted."
     )
     against = [m for m in measures if "harmed_vs" in m.metric]
     if against:
@@ -152,8 +152,8 @@ def _rounds_and_versions(summary: Summary) -> Iterable[str]:
 def cost_notes(summary: Summary) -> list[str]:
     """Footnotes of the table of costs."""
     notes = [
-        "gradient steps: of all clients in training, and in the last personalization; rounds: "
-        "done, those after the best one included.",
+        "gradient steps: of all clients in training and in the last personalization; rounds: all "
+        "that were run, whichever is selected.",
         "MB: 10^6 bytes that the method would send over a network in the whole run, all clients "
         "together; not what Ray moves.",
         "seconds: training and evaluation, without start-up; they depend on the machine and on "

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import matplotlib as mpl
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from analysis.report.answer import SPLIT_WORDS
 from analysis.report.clients import distribution
@@ -23,15 +25,20 @@ from analysis.report.summary import RowSummary, Summary
 # Okabe and Ito's palette without yellow: told apart by colour-blind people too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#9a9a9a"
+KINDS = ("#3d4f60", "#8fa3b5", "#cbb58a")
+"""Bars that do not stand for rows."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 WIDTH = 5.2
 """Inches; scaled to a phone's width the letters still have ten pixels."""
 HEIGHT = 3.7
 BAR = 0.34
-"""Inches a bar."""
+HARMED_BAR = 0.6
+"""Inches a bar, and three bars in one place."""
 MOST_ROWS = 24
 """Most rows in a figure of bars or boxes."""
 MOST_LETTERS = 26
+SHORT_LETTERS = 12
+"""Longest label of which three fit beside each other."""
 STYLE = {
     "font.size": 11.0,
     "axes.titlesize": 11.5,
@@ -60,9 +67,9 @@ class Picture:
 def pictures(summary: Summary) -> list[Picture]:
     """All figures of a section; those without data are left out."""
     with mpl.rc_context(STYLE):
-        found = [_plane(summary)]
+        found = [_plane(summary), _clients(summary)]
         found += [_curves(summary, metric) for metric in curve_metrics(summary)]
-        found += [_clients(summary), _harmed(summary), *_costs(summary)]
+        found += [_harmed(summary), *_costs(summary)]
     return [picture for picture in found if picture is not None]
 
 
@@ -93,11 +100,14 @@ def _axes(height: float = HEIGHT) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def _legend(figure: Figure, axes: Axes, *, reverse: bool) -> None:
     """Below the plot, never over data."""
     handles, labels = axes.get_legend_handles_labels()
+    if reverse:  # the best rows are drawn last, on top of the others
+        handles, labels = handles[::-1], labels[::-1]
     if handles:
-        figure.legend(handles, labels, loc="outside lower left", ncols=2, columnspacing=1.0)
+        columns = 2 if max(map(len, labels)) > SHORT_LETTERS else 3
+        figure.legend(handles, labels, loc="outside lower left", ncols=columns, columnspacing=1.0)
 
 
 def _others(summary: Summary) -> str:
@@ -139,7 +149,7 @@ def _plane(summary: Summary) -> Picture | None:
     axes.set_xlabel(f"global {_unit(summary)}")
     axes.set_ylabel(f"local {_unit(summary)}")
     axes.set_title(f"Global and local, {SPLIT_WORDS[summary.split]}", loc="left")
-    _legend(figure, axes)
+    _legend(figure, axes, reverse=True)
     side = "above" if summary.score == "accuracy" else "below"
     caption = (
         f"Global against local score, {SPLIT_WORDS[summary.split]}; bars: 95 % intervals "
@@ -147,19 +157,19 @@ def _plane(summary: Summary) -> Picture | None:
         f"{side.capitalize()} the dotted diagonal personalization helps on average."
         f"{_others(summary)}"
     )
-    return Picture(name(summary, "plane"), "Global and local", caption, figure)
+    return Picture(name(summary, "plane"), "Global, local, clients", caption, figure)
 
 
 def _curves(summary: Summary, metric: str) -> Picture | None:
     """A metric by round, mean and band over seeds."""
     figure, axes = _axes()
     colours, factor = _coloured(summary), _factor(summary)
-    drawn = 0
+    means = []
     for at, row in reversed(list(enumerate(summary.rows))):
         found = curve(row, metric)
         if found.empty:
             continue
-        drawn += 1
+        means.append(found["mean"].to_numpy(np.float64) * factor)
         colour, rounds = colours[row.label], found["round_index"] + 1
         grey = colour == GREY
         axes.plot(
@@ -174,38 +184,40 @@ def _curves(summary: Summary, metric: str) -> Picture | None:
         )
         if not grey and found["low"].notna().all():
             low, high = found["low"] * factor, found["high"] * factor
-            axes.fill_between(rounds, low, high, color=colour, alpha=0.12, linewidth=0)
-    if not drawn:
+            axes.fill_between(rounds, low, high, color=colour, alpha=0.08, linewidth=0)
+            for end in (low, high):
+                axes.plot(rounds, end, color=colour, alpha=0.45, linewidth=0.7, linestyle="--")
+    if not means:
         return None
     split, _, measured = metric.partition("/")
     who = measured.partition("_")[0]
-    _frame_curves(axes, summary)
+    _frame_curves(axes, np.concatenate(means), summary.score)
     axes.set_xlabel("rounds done")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(f"{who} {_unit(summary)}")
     axes.set_title(f"{who.capitalize()}, {SPLIT_WORDS[split]}", loc="left")
-    _legend(figure, axes)
+    _legend(figure, axes, reverse=True)
     caption = (
-        f"{who.capitalize()} score on {SPLIT_WORDS[split]} by round: mean over seeds, band: 95 % "
-        f"t interval.{_others(summary)}"
+        f"{who.capitalize()} score on {SPLIT_WORDS[split]} by round: mean over seeds, dashed: 95 % "
+        f"t interval, cut at the frame.{_others(summary)}"
     )
     return Picture(name(summary, f"curves-{split}-{who}"), "Learning curves", caption, figure)
 
 
-def _frame_curves(axes: Axes, summary: Summary) -> None:
+def _frame_curves(axes: Axes, values: npt.NDArray[np.float64], score: str) -> None:
     """Limits by the means, not by the bands: with few seeds these are wide early on."""
-    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.get_lines()])
-    if summary.score != "accuracy":
+    if score != "accuracy":
         if values.min() > 0 and values.max() > 20 * values.min():
             axes.set_yscale("log")
         return
-    room = 0.15 * max(values.max() - values.min(), 5.0)
+    room = 0.3 * max(values.max() - values.min(), 5.0)
     axes.set_ylim(max(0.0, values.min() - room), min(100.5, values.max() + room))
 
 
-def _bars_axes(summary: Summary) -> tuple[Figure, Axes, Sequence[RowSummary]]:
+def _bars_axes(summary: Summary, bar: float = BAR) -> tuple[Figure, Axes, Sequence[RowSummary]]:
     """Horizontal axes with a row's label at each place, the best on top."""
     rows = summary.rows[:MOST_ROWS]
-    figure, axes = _axes(1.3 + BAR * len(rows))
+    figure, axes = _axes(1.3 + bar * len(rows))
     axes.set_yticks(range(len(rows)), [_short(row.label) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
@@ -248,7 +260,7 @@ def _clients(summary: Summary) -> Picture | None:
         f"Personalized score of each client, {SPLIT_WORDS[summary.split]}. A point is {points}; "
         f"box: quartiles and median, whiskers: 1.5 box lengths.{_first(summary)}"
     )
-    return Picture(name(summary, "clients"), "Clients", caption, figure)
+    return Picture(name(summary, "clients"), "Global, local, clients", caption, figure)
 
 
 def _harmed(summary: Summary) -> Picture | None:
@@ -257,7 +269,7 @@ def _harmed(summary: Summary) -> Picture | None:
     kinds = [m for m in kinds if any(row.values(m.metric) for row in summary.rows)]
     if not kinds:
         return None
-    figure, axes, rows = _bars_axes(summary)
+    figure, axes, rows = _bars_axes(summary, HARMED_BAR)
     height = 0.8 / len(kinds)
     for kind, measure in enumerate(kinds):
         offset = (kind - (len(kinds) - 1) / 2) * height
@@ -265,19 +277,19 @@ def _harmed(summary: Summary) -> Picture | None:
         at = [place + offset for place, own in enumerate(found) if own is not None]
         shares = [100 * own.mean for own in found if own is not None]
         title = f"vs {measure.metric.rsplit('_', 1)[1]}"
-        bars = axes.barh(at, shares, height, color=COLOURS[kind], label=title)
-        axes.bar_label(bars, fmt="%.0f", fontsize=7, padding=2)
+        bars = axes.barh(at, shares, height, color=KINDS[kind], label=title)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
     axes.set_xlim(left=0)
     axes.margins(x=0.1)
     axes.set_xlabel("clients harmed (%)")
     axes.set_title(f"Clients harmed, {SPLIT_WORDS[summary.split]}", loc="left")
-    _legend(figure, axes)
+    _legend(figure, axes, reverse=False)
     caption = (
         "Share of clients whose personalized model is worse on their own examples than the run's "
         "global model, than local training, than FedAvg on the same partition; mean over seeds. "
         f"No bar: not compared.{_first(summary)}"
     )
-    return Picture(name(summary, "harmed"), "Clients", caption, figure)
+    return Picture(name(summary, "harmed"), "Clients harmed and cost", caption, figure)
 
 
 def _costs(summary: Summary) -> list[Picture]:
@@ -319,6 +331,8 @@ def _cost(
     axes.set_xlim(left=0)
     axes.set_xlabel(title)
     axes.set_title(f"Cost: {title.partition(' of ')[0]}", loc="left")
-    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     caption = f"{title[0].upper()}{title[1:]}, all clients together, mean over seeds."
-    return Picture(name(summary, f"cost-{what}"), "Cost", caption + _first(summary), figure)
+    return Picture(
+        name(summary, f"cost-{what}"), "Clients harmed and cost", caption + _first(summary), figure
+    )

@@ -37,8 +37,8 @@ class Cell:
 class Table:
     """A table.
 
-    name: short, for labels; title: says which data the numbers are of; split: ``test``, ``val`` or
-    empty where the numbers are of neither; notes: footnotes in order.
+    name: short, for labels; split: ``test``, ``val`` or empty where the numbers are of neither;
+    notes: footnotes in order.
     """
 
     name: str
@@ -51,6 +51,13 @@ class Table:
     def __post_init__(self) -> None:
         assert all(len(row) == len(self.header) for row in self.rows), "a cell for every column"
 
+    @property
+    def caption(self) -> str:
+        """The title, and unmistakably which data the numbers are of."""
+        return self.title + {"test": " (TEST DATA)", "val": " (VALIDATION DATA)"}.get(
+            self.split, ""
+        )
+
 
 def markdown(table: Table) -> str:
     """Pipe table under its title, columns padded so that it reads in a terminal, then notes."""
@@ -58,7 +65,7 @@ def markdown(table: Table) -> str:
     header = [text.replace("|", r"\|") for text in table.header]
     widths = [max(len(row[at]) for row in (header, *cells)) for at in range(len(header))]
     rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    lines = [f"### {table.title}", "", _line(header, widths), _line(rule, widths)]
+    lines = [f"### {table.caption}", "", _line(header, widths), _line(rule, widths)]
     lines += [_line(row, widths) for row in cells]
     if table.notes:
         lines += ["", *(f"- {note}" for note in table.notes)]
@@ -90,7 +97,7 @@ def latex(table: Table) -> str:
         r"\begin{table}[ht]",
         r"\centering",
         r"\setlength{\tabcolsep}{4pt}",
-        rf"\caption{{{escape(table.title)}}}",
+        rf"\caption{{{escape(table.caption)}}}",
         rf"\label{{tab:{table.name}}}",
         r"\footnotesize",
         rf"\begin{{tabular}}{{{columns}}}",
