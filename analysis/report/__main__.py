@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 import sys
 from collections.abc import Sequence
@@ -69,15 +70,26 @@ def report(options: argparse.Namespace) -> None:
     Raises:
         UsageError: store, experiment, parent or reference that is not there.
     """
+    about, parts = gather(options)
+    output = Path(options.output or Path("reports") / options.experiment).absolute()
+    print(write_tables(output, about, parts))
+    write_page(output, about, parts)
+    print(f"report: {output / 'report.html'}")
+
+
+def gather(options: argparse.Namespace) -> tuple[About, list[Part]]:
+    """All numbers and tables, read from the store.
+
+    Raises:
+        UsageError: store, experiment, parent or reference that is not there.
+    """
     store = Store(options.store)
     selection = select(store.runs(options.experiment), options.parent)
     found = sections(selection.runs)
     summaries = [summarize(store, section, options.reference) for section in found]
     _check_reference(options.reference, summaries)
-    output = Path(options.output or Path("reports") / options.experiment).absolute()
-    text = write(output, summaries, _about(options, store, selection))
-    print(text)
-    print(f"report: {output / 'report.html'}")
+    parts = [Part(summary, tables(summary)) for summary in summaries]
+    return _about(options, store, selection), parts
 
 
 def _check_reference(wanted: str | None, summaries: Sequence[Summary]) -> None:
@@ -103,12 +115,12 @@ def _about(options: argparse.Namespace, store: Store, selection: Selection) -> A
     )
 
 
-def write(output: Path, summaries: Sequence[Summary], about: About) -> str:
-    """All files of a report; returns the Markdown."""
-    found = [Part(summary, tables(summary), pictures(summary)) for summary in summaries]
-    text = _markdown(about, found)
+def write_tables(output: Path, about: About, parts: Sequence[Part]) -> str:
+    """Markdown, LaTeX and CSV files; returns the Markdown."""
+    text = _markdown(about, parts)
     write_text(output / "table.md", text + "\n")
-    write_text(output / "table.tex", _latex(about, found))
+    write_text(output / "table.tex", _latex(about, parts))
+    summaries = [part.summary for part in parts]
     for name, frame in (
         ("table", table_frame(summaries)),
         ("differences", difference_frame(summaries)),
@@ -116,11 +128,15 @@ def write(output: Path, summaries: Sequence[Summary], about: About) -> str:
         ("curves", curves_frame(summaries)),
     ):
         _write_csv(output / f"{name}.csv", frame)
-    for part in found:
-        for picture in part.pictures:
-            picture.figure.savefig(output / f"{picture.name}.png", dpi=PNG_DPI)
-    write_text(output / "report.html", page(about, found))
     return text
+
+
+def write_page(output: Path, about: About, parts: Sequence[Part]) -> None:
+    """The figures as PNG, and ``report.html``."""
+    drawn = [pictures(part.summary) for part in parts]
+    for picture in itertools.chain.from_iterable(drawn):
+        picture.figure.savefig(output / f"{picture.name}.png", dpi=PNG_DPI)
+    write_text(output / "report.html", page(about, parts, drawn))
 
 
 def _write_csv(path: Path, frame: pd.DataFrame) -> None:

@@ -83,6 +83,8 @@ def _next(summary: Summary, best: RowSummary, measure: Measure) -> list[str]:
     # Rows are sorted by their means.
     following = others[0]
     found = summary.difference(best, following, summary.local)
+    if found is not None:
+        found = _towards_better(summary, found)
     if found is None:
         return [f"It shares no seed and partition with the next, {following.label}."]
     if found.half is None:
@@ -90,7 +92,7 @@ def _next(summary: Summary, best: RowSummary, measure: Measure) -> list[str]:
             f"It leads the next, {following.label}, by {_points(summary, found)} on the one seed "
             "that they share: no interval, so nothing says that another seed would agree."
         ]
-    if summary.better * found.mean < 0:
+    if found.mean < 0:
         return [
             f"{following.label} has the better mean, over fewer seeds; on the common ones it is "
             f"{_points(summary, found)} better ({_interval(summary, found)})."
@@ -108,6 +110,11 @@ def _next(summary: Summary, best: RowSummary, measure: Measure) -> list[str]:
     same = sum(bold) - 1
     rest = f"; {same} of the {len(others)} other rows cannot be told from the best" * (same > 1)
     return [f"{lead}: the interval includes 0, so no difference is shown{rest}."]
+
+
+def _towards_better(summary: Summary, found: Interval) -> Interval:
+    """A difference with its sign such that positive is better."""
+    return found._replace(mean=summary.better * found.mean)
 
 
 def _points(summary: Summary, found: Interval) -> str:
@@ -152,7 +159,8 @@ def _against_reference(summary: Summary) -> list[str]:
     found = summary.difference(measured[0], reference, summary.local)
     if found is None or found.half is None:
         return []
-    ahead = "ahead of" if summary.better * found.mean >= 0 else "behind"
+    found = _towards_better(summary, found)
+    ahead = "ahead of" if found.mean >= 0 else "behind"
     shows = "excludes 0" if found.excludes_zero else "includes 0, so no difference is shown"
     return [
         f"{measured[0].label} is {_points(summary, found)} {ahead} {reference.label} "

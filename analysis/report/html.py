@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from analysis.report.answer import answer
-from analysis.report.plots import Picture
+from analysis.report.plots import STYLE, Picture
 from analysis.report.summary import Summary
 from analysis.report.tables import Table
 
 
 @dataclass(frozen=True)
 class Part:
-    """A section with its tables and figures."""
+    """A section with its tables."""
 
     summary: Summary
     tables: Sequence[Table]
-    pictures: Sequence[Picture]
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,12 @@ class About:
     command: str
 
 
-def page(about: About, parts: Sequence[Part]) -> str:
-    """The whole page."""
+def page(about: About, parts: Sequence[Part], drawn: Sequence[Sequence[Picture]]) -> str:
+    """The whole page.
+
+    Args:
+        drawn: the figures of each part.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -56,10 +60,10 @@ def page(about: About, parts: Sequence[Part]) -> str:
             "split": part.summary.split,
             "answer": answer(part.summary),
             "tables": part.tables,
-            "groups": _groups(part.pictures),
+            "groups": _groups(pictures),
             "runs": _runs(part.summary),
         }
-        for at, part in enumerate(parts)
+        for at, (part, pictures) in enumerate(zip(parts, drawn, strict=True))
     ]
     return environment.get_template("page.html.j2").render(about=about, sections=sections)
 
@@ -78,7 +82,8 @@ def _groups(pictures: Sequence[Picture]) -> list[dict[str, object]]:
 def data_uri(figure: Figure) -> str:
     """A figure as SVG inside an address; the same figure gives the same bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    with mpl.rc_context(STYLE):  # names of clip paths are salted when they are written
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = re.sub(rb"<metadata>.*?</metadata>", b"", buffer.getvalue(), flags=re.DOTALL)
     return f"data:image/svg+xml;base64,{base64.b64encode(text).decode()}"
 

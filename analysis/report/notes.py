@@ -91,12 +91,14 @@ def _columns(summary: Summary, measures: Sequence[Measure]) -> Iterable[str]:
         "model on its own, weighted by examples; client mean and std, worst and best tenth: the "
         "local score over clients, unweighted."
     )
-    against = [m for m in measures if "harmed_vs" in m.metric]
-    if against:
+    yield (
+        "harmed vs global: share of clients whose personalized model is worse on their own "
+        "examples than the run's global model; 0 by construction where they predict with that one."
+    )
+    if any(m.metric.endswith(("_vs_local", "_vs_fedavg")) for m in measures):
         yield (
-            "harmed: share of clients whose personalized model is worse on their own examples than "
-            "the run's global model; vs local, vs fedavg: than that row's personalized model on "
-            "the same partition. 0 by construction where a method predicts with its global model."
+            "harmed vs local, vs fedavg: share whose personalized model is worse than the one that "
+            "they have in that row, on the same partition."
         )
     if any(m.metric.startswith("new/") for m in measures):
         yield "new clients: held out from training, adapted to, and tested."

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from analysis.report.statistics import (
     bootstrap_interval,
@@ -142,16 +143,30 @@ def test_one_seed_gives_no_bootstrap_interval():
     assert bootstrap_interval([np.arange(10.0)]) is None
 
 
-def test_the_signed_rank_test_counts_sign_flips():
-    """p by enumeration: the share of the 2^n signs with a rank sum at least as far from its mean."""
-    values = np.asarray([0.3, -0.1, 0.5, 0.2, 0.7, 0.4])
-    ranks = np.asarray([3, 1, 5, 2, 6, 4])
+@pytest.mark.parametrize(
+    ("values", "ranks"),
+    [
+        ([0.3, -0.1, 0.5, 0.2, 0.7, 0.4], [3, 1, 5, 2, 6, 4]),
+        # Ties share the mean of their ranks; what does not differ has none.
+        ([0.1, -0.1, 0.0, 0.2, 0.2, 0.2, 0.4], [1.5, 1.5, 0, 4, 4, 4, 6]),
+    ],
+)
+def test_the_signed_rank_test_counts_sign_flips(values, ranks):
+    """p by enumeration: share of the 2^n signs with a rank sum at least as far from its mean."""
     seen = abs((ranks * np.sign(values)).sum())
     signs = itertools.product((-1, 1), repeat=len(values))
     extreme = np.mean([abs((ranks * np.asarray(s)).sum()) >= seen for s in signs])
-    found = signed_ranks(values)
+    found = signed_ranks(np.asarray(values))
     assert found.p_value == pytest.approx(extreme)
-    assert found.effect == pytest.approx((20 - 1) / 21)
+    assert abs(found.effect) == pytest.approx(seen / sum(ranks))
+
+
+@pytest.mark.parametrize("num", [20, 50, 80])
+def test_the_signed_rank_test_is_scipys_where_there_are_no_ties(num):
+    values = np.random.default_rng(num).normal(0.3, 1, num)
+    method = "exact" if num <= 50 else "asymptotic"
+    expected = stats.wilcoxon(values, method=method).pvalue
+    assert signed_ranks(values).p_value == pytest.approx(expected, rel=1e-9)
 
 
 def test_no_client_that_differs_gives_no_test():
