@@ -11,7 +11,8 @@ How a run becomes a number, in the order in which it happens:
 ``clients``     accuracy by client, and clients harmed against other rows
 ``statistics``  intervals over seeds, paired differences, what "within the interval" means
 ``summary``     all of the above for one section, and what it says in words (``answer``)
-``tables``, ``layout``, ``plots``, ``html``   Markdown, LaTeX, CSV, figures, ``report.html``
+``layout``, ``notes``, ``tables``, ``frames``   tables with their footnotes; Markdown, LaTeX, CSV
+``figures``, ``plots``, ``bars``, ``html``      figures and ``report.html``
 
 Two runs are compared only if seed, data digest and partition digest agree (:class:`~analysis.
 report.grouping.PairKey`). A metric that was not measured is ``n/a`` with a reason, never 0.

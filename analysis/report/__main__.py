@@ -54,13 +54,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report; exit status 0, or 2 with one line that says what to mend."""
+    """Write the report.
+
+    Returns:
+        0; or, after one line that says what to mend, 2, or 1 if a file could not be written.
+    """
     options = build_parser().parse_args(arguments)
     try:
         report(options)
     except UsageError as error:
         print(f"report: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -15,7 +15,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from analysis.report.answer import answer
-from analysis.report.plots import STYLE, Picture
+from analysis.report.figures import STYLE, Picture
 from analysis.report.summary import Summary
 from analysis.report.tables import Table
 

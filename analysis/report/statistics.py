@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ MOST_EXACT = 50
 """Most clients for which the signed-rank test is exact."""
 
 Floats = npt.NDArray[np.float64]
-Values = Mapping[Hashable, float]
+Values = Mapping[Any, float]
 """A number for every pair key (seed, data, partition)."""
 
 
