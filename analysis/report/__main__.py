@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"report: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"report: {error}", file=sys.stderr)
+        print(f"report: {error}; give another folder as --output", file=sys.stderr)
         return 1
     return 0
 

@@ -8,12 +8,13 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.report.answer import SPLIT_WORDS
 from analysis.report.figures import (
+    BAR,
     HARMED_BAR,
     KINDS,
-    MOST_ROWS,
     Picture,
     add_legend,
     bars_axes,
+    charted,
     coloured,
     first_rows,
 )
@@ -27,8 +28,8 @@ def harmed_picture(summary: Summary) -> Picture | None:
     kinds = [m for m in kinds if any(row.values(m.metric) for row in summary.rows)]
     if not kinds:
         return None
-    figure, axes, rows = bars_axes(summary, HARMED_BAR)
-    height = 0.8 / len(kinds)
+    figure, axes, rows = bars_axes(summary, HARMED_BAR if len(kinds) > 1 else BAR)
+    height = min(0.8 / len(kinds), 0.6)
     for kind, measure in enumerate(kinds):
         offset = (kind - (len(kinds) - 1) / 2) * height
         found = [row.mean(measure.metric) for row in rows]
@@ -42,10 +43,15 @@ def harmed_picture(summary: Summary) -> Picture | None:
     axes.set_xlabel("clients harmed (%)")
     axes.set_title(f"Clients harmed, {SPLIT_WORDS[summary.split]}", loc="left")
     add_legend(figure, axes, reverse=False)
+    than = {
+        "global": "the run's global model",
+        "local": "the one of local training",
+        "fedavg": "FedAvg's",
+    }
+    against = ", ".join(than[m.metric.rsplit("_", 1)[1]] for m in kinds)
     caption = (
-        "Share of clients whose personalized model is worse on their own examples than the run's "
-        "global model, than local training, than FedAvg on the same partition; mean over seeds. "
-        f"No bar: not compared.{first_rows(summary)}"
+        f"Share of clients whose personalized model is worse on their own examples than {against}; "
+        f"same partition, mean over seeds. No bar: not compared.{first_rows(summary)}"
     )
     return Picture(name(summary, "harmed"), "Clients harmed and cost", caption, figure)
 
@@ -75,7 +81,7 @@ def _cost(
     total: Callable[[RowSummary], float | None],
     factor: float,
 ) -> Picture | None:
-    values = [total(row) for row in summary.rows[:MOST_ROWS]]
+    values = [total(row) for row in charted(summary)]
     if all(value is None for value in values):
         return None
     figure, axes, rows = bars_axes(summary)

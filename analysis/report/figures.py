@@ -5,6 +5,8 @@ Drawn without pyplot: no global state, no window.
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,14 +25,17 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 WIDTH = 5.2
 """Inches; scaled to a phone's width the letters still have ten pixels."""
 HEIGHT = 3.7
-BAR = 0.34
+BAR = 0.42
 HARMED_BAR = 0.6
-"""Inches a bar, and three bars in one place."""
-MOST_ROWS = 24
+"""Inches a bar, and several bars in one place."""
+MOST_ROWS = 12
 """Most rows in a figure of bars or boxes."""
-MOST_LETTERS = 26
+LINE_LETTERS = 24
+"""Letters in a line of a label."""
 SHORT_LETTERS = 12
 """Longest label of which three fit beside each other."""
+LEGEND_LINE = 0.18
+"""Inches a line of a legend."""
 STYLE: dict[Any, Any] = {
     "font.size": 11.0,
     "axes.titlesize": 11.5,
@@ -67,8 +72,9 @@ def unit_of(summary: Summary) -> str:
 
 
 def short(label: str) -> str:
-    """A label that leaves room for the plot."""
-    return label if len(label) <= MOST_LETTERS else f"{label[: MOST_LETTERS - 1]}…"
+    """A label in one or two lines that leave room for the plot."""
+    lines = textwrap.wrap(label, LINE_LETTERS, max_lines=2, placeholder=" …")
+    return "\n".join(lines)
 
 
 def coloured(summary: Summary) -> dict[str, str]:
@@ -94,6 +100,9 @@ def add_legend(figure: Figure, axes: Axes, *, reverse: bool) -> None:
         handles, labels = handles[::-1], labels[::-1]
     if handles:
         columns = 2 if max(map(len, labels)) > SHORT_LETTERS else 3
+        lines = math.ceil(len(labels) / columns) * max(1 + own.count("\n") for own in labels)
+        # The plot keeps its size: the figure grows by what is more than two lines.
+        figure.set_figheight(figure.get_figheight() + LEGEND_LINE * max(0, lines - 2))
         figure.legend(handles, labels, loc="outside lower left", ncols=columns, columnspacing=1.0)
 
 
@@ -105,15 +114,25 @@ def others(summary: Summary) -> str:
 
 def bars_axes(summary: Summary, bar: float = BAR) -> tuple[Figure, Axes, Sequence[RowSummary]]:
     """Horizontal axes with a row's label at each place, the best on top."""
-    rows = summary.rows[:MOST_ROWS]
+    rows = charted(summary)
     figure, axes = new_axes(1.3 + bar * len(rows))
     axes.set_yticks(range(len(rows)), [short(row.label) for row in rows])
+    if any("\n" in label.get_text() for label in axes.get_yticklabels()):
+        axes.tick_params(axis="y", labelsize=9)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     return figure, axes, rows
 
 
+def charted(summary: Summary) -> tuple[RowSummary, ...]:
+    """The rows that a chart of rows has room for: the best ones and the reference."""
+    rows = summary.rows[:MOST_ROWS]
+    if summary.reference is None or summary.reference in rows:
+        return rows
+    return (*rows[:-1], summary.reference)
+
+
 def first_rows(summary: Summary) -> str:
     """What a caption says of rows that are not in the chart."""
-    rest = len(summary.rows) - MOST_ROWS
-    return f" The first {MOST_ROWS} of {len(summary.rows)} rows." if rest > 0 else ""
+    shown, all_rows = len(charted(summary)), len(summary.rows)
+    return f" {shown} of {all_rows} rows, by local score." if shown < all_rows else ""

@@ -42,6 +42,8 @@ def _what(summary: Summary) -> Iterable[str]:
     else:
         text += f"one seed ({seeds}), hence no interval"
     yield text + (f"; {clients} clients." if clients else ".")
+    if len(summary.seeds) == 2:
+        yield "Two seeds leave one degree of freedom: an interval is 12.7 standard errors each way."
     if summary.split == "val":
         yield "Validation data chose among these rows or may do so: the best of them is flattered."
     if any(row.row.chosen for row in summary.rows):

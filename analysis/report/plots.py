@@ -35,6 +35,10 @@ from analysis.report.layout import name
 from analysis.report.summary import Summary
 
 
+MOST_BANDS = 3
+"""Rows whose intervals are drawn beside their curves; more of them hide each other."""
+
+
 def pictures(summary: Summary) -> list[Picture]:
     """All figures of a section; those without data are left out."""
     with mpl.rc_context(STYLE):
@@ -57,36 +61,43 @@ def _plane(summary: Summary) -> Picture | None:
     colours, factor = coloured(summary), factor_of(summary)
     for at, (row, a, b) in reversed(list(enumerate(points))):
         colour = colours[row.label]
+        bare = colour == GREY
         axes.errorbar(
             a.mean * factor,
             b.mean * factor,
-            xerr=None if a.half is None else a.half * factor,
-            yerr=None if b.half is None else b.half * factor,
+            xerr=None if bare or a.half is None else a.half * factor,
+            yerr=None if bare or b.half is None else b.half * factor,
             fmt=MARKERS[at % len(MARKERS)],
             color=colour,
             markersize=7,
             elinewidth=1.2,
             capsize=3,
-            label=None if colour == GREY else short(row.label),
+            label=None if bare else short(row.label),
         )
-    low = min(axes.get_xlim()[0], axes.get_ylim()[0])
-    high = max(axes.get_xlim()[1], axes.get_ylim()[1])
-    if summary.score == "accuracy":
-        low, high = max(low, 0.0), min(high, 100.5)
+    means = np.asarray([[a.mean, b.mean] for _, a, b in points]) * factor
+    low, high = _plane_limits(axes, means, summary.score)
     axes.plot([low, high], [low, high], color="#666666", linewidth=1, linestyle=":", zorder=0)
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     axes.set_xlabel(f"global {unit_of(summary)}")
     axes.set_ylabel(f"local {unit_of(summary)}")
     axes.set_title(f"Global and local, {SPLIT_WORDS[summary.split]}", loc="left")
     add_legend(figure, axes, reverse=True)
-    side = "above" if summary.score == "accuracy" else "below"
+    # The two errors of a regression task are against different truths.
+    helps = "; above it personalization helps on average" * (summary.score == "accuracy")
     caption = (
-        f"Global against local score, {SPLIT_WORDS[summary.split]}; bars: 95 % intervals "
-        "over seeds. "
-        f"{side.capitalize()} the dotted diagonal personalization helps on average."
-        f"{others(summary)}"
+        f"Global against local score, {SPLIT_WORDS[summary.split]}; bars: 95 % intervals over "
+        f"seeds, cut at the frame. Dotted: both equal{helps}.{others(summary)}"
     )
     return Picture(name(summary, "plane"), "Global, local, clients", caption, figure)
+
+
+def _plane_limits(axes: Axes, means: npt.NDArray[np.float64], score: str) -> tuple[float, float]:
+    """The intervals whole, unless they are wider than the points are apart: few seeds."""
+    low, high = float(means.min()), float(means.max())
+    room = max(high - low, 5.0 if score == "accuracy" else 0.5 * high)
+    low = max(min(axes.get_xlim()[0], axes.get_ylim()[0]), low - room)
+    high = min(max(axes.get_xlim()[1], axes.get_ylim()[1]), high + room)
+    return (max(low, 0.0), min(high, 100.5)) if score == "accuracy" else (low, high)
 
 
 def _curves(summary: Summary, metric: str) -> Picture | None:
@@ -111,7 +122,8 @@ def _curves(summary: Summary, metric: str) -> Picture | None:
             alpha=0.5 if grey else 1.0,
             label=None if grey else short(row.label),
         )
-        if not grey and found["low"].notna().all():
+        banded = at < MOST_BANDS or row is summary.reference
+        if banded and found["low"].notna().all():
             low, high = found["low"] * factor, found["high"] * factor
             axes.fill_between(rounds, low, high, color=colour, alpha=0.08, linewidth=0)
             for end in (low, high):
@@ -126,9 +138,11 @@ def _curves(summary: Summary, metric: str) -> Picture | None:
     axes.set_ylabel(f"{who} {unit_of(summary)}")
     axes.set_title(f"{who.capitalize()}, {SPLIT_WORDS[split]}", loc="left")
     add_legend(figure, axes, reverse=True)
+    whose = "" if len(summary.rows) <= MOST_BANDS else f" of the best {MOST_BANDS} rows"
+    whose += " and the reference" * bool(whose and summary.reference is not None)
     caption = (
-        f"{who.capitalize()} score on {SPLIT_WORDS[split]} by round: mean over seeds, dashed: 95 % "
-        f"t interval, cut at the frame.{others(summary)}"
+        f"{who.capitalize()} score on {SPLIT_WORDS[split]} by round: mean over seeds; dashed: 95 % "
+        f"t interval{whose}, cut at the frame.{others(summary)}"
     )
     return Picture(name(summary, f"curves-{split}-{who}"), "Learning curves", caption, figure)
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 INFINITE = 1.7e308
 """MLflow keeps an infinite metric as the largest double."""
 PAGE = 1000
+MOST_TEXT = 120
+"""Most letters of what MLflow says that an error repeats."""
 SHOWN_NAMES = 5
 """Most names that an error offers."""
 
@@ -142,8 +144,11 @@ def _open(uri: str) -> MlflowClient:
         return open_store(uri)
     except Exception as error:
         # Whatever a database or a server may raise: the address cannot be read.
-        text = " ".join(without_password(str(error)).split())[:200]
-        raise UsageError(f"--store {public}: MLflow cannot read it ({text})") from error
+        text = " ".join(without_password(str(error)).split())[:MOST_TEXT]
+        raise UsageError(
+            f"--store {public}: MLflow cannot read it ({text}); give the store that the runs are "
+            "in, by --store or MLFLOW_TRACKING_URI"
+        ) from error
 
 
 def _stored(run: object) -> StoredRun:
