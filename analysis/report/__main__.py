@@ -163,7 +163,7 @@ def _markdown(about: About, parts: Sequence[Part]) -> str:
 def _latex(about: About, parts: Sequence[Part]) -> str:
     head = [
         f"% Made by {about.command}",
-        r"% Needs \usepackage{booktabs}; UTF-8. \input it where the tables belong.",
+        r"% Needs \usepackage{booktabs}; \input it where the tables belong.",
     ]
     return "\n\n".join(["\n".join(head), *(latex(t) for p in parts for t in p.tables)]) + "\n"
 

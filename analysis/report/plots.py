@@ -9,6 +9,7 @@ from __future__ import annotations
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
@@ -33,7 +34,6 @@ from analysis.report.figures import (
 from analysis.report.frames import curve, curve_metrics
 from analysis.report.layout import name
 from analysis.report.summary import Summary
-
 
 MOST_BANDS = 3
 """Rows whose intervals are drawn beside their curves; more of them hide each other."""
@@ -110,24 +110,19 @@ def _curves(summary: Summary, metric: str) -> Picture | None:
         if found.empty:
             continue
         means.append(found["mean"].to_numpy(np.float64) * factor)
-        colour, rounds = colours[row.label], found["round_index"] + 1
-        grey = colour == GREY
+        grey = colours[row.label] == GREY
         axes.plot(
-            rounds,
+            found["round_index"] + 1,
             found["mean"] * factor,
-            color=colour,
+            color=colours[row.label],
             marker=None if grey else MARKERS[at % len(MARKERS)],
             markersize=4,
             linewidth=0.8 if grey else 1.6,
             alpha=0.5 if grey else 1.0,
             label=None if grey else short(row.label),
         )
-        banded = at < MOST_BANDS or row is summary.reference
-        if banded and found["low"].notna().all():
-            low, high = found["low"] * factor, found["high"] * factor
-            axes.fill_between(rounds, low, high, color=colour, alpha=0.08, linewidth=0)
-            for end in (low, high):
-                axes.plot(rounds, end, color=colour, alpha=0.45, linewidth=0.7, linestyle="--")
+        if at < MOST_BANDS or row is summary.reference:
+            _band(axes, found, factor, colours[row.label])
     if not means:
         return None
     split, _, measured = metric.partition("/")
@@ -145,6 +140,16 @@ def _curves(summary: Summary, metric: str) -> Picture | None:
         f"t interval{whose}, cut at the frame.{others(summary)}"
     )
     return Picture(name(summary, f"curves-{split}-{who}"), "Learning curves", caption, figure)
+
+
+def _band(axes: Axes, found: pd.DataFrame, factor: float, colour: str) -> None:
+    """The interval of a curve, if it has one."""
+    if found["low"].isna().any():
+        return
+    rounds, ends = found["round_index"] + 1, (found["low"] * factor, found["high"] * factor)
+    axes.fill_between(rounds, *ends, color=colour, alpha=0.08, linewidth=0)
+    for end in ends:
+        axes.plot(rounds, end, color=colour, alpha=0.45, linewidth=0.7, linestyle="--")
 
 
 def _frame_curves(axes: Axes, values: npt.NDArray[np.float64], score: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,8 +22,13 @@ LATEX = {
     "<": "$<$",
     ">": "$>$",
     "|": "$|$",
+    "\N{BLACK STAR}": r"$\star$",
 }
 """What LaTeX reads as something else; both engines print the rest."""
+
+
+HEADER_LETTERS = 11
+"""Letters in a line of a column's title in LaTeX."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def latex(table: Table) -> str:
         r"\footnotesize",
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
-        " & ".join(escape(text) for text in table.header) + r" \\",
+        " & ".join(_latex_header(text) for text in table.header) + r" \\",
         r"\midrule",
         *body,
         r"\bottomrule",
@@ -111,6 +117,14 @@ def latex(table: Table) -> str:
     if notes:
         lines += [r"\begin{itemize}", r"\scriptsize", *notes, r"\end{itemize}"]
     return "\n".join([*lines, r"\end{table}"])
+
+
+def _latex_header(text: str) -> str:
+    """A title in lines of few letters, so that ten columns fit on a page."""
+    lines = [escape(line) for line in textwrap.wrap(text, HEADER_LETTERS)]
+    if len(lines) == 1:
+        return lines[0]
+    return r"\shortstack[r]{" + r"\\".join(lines) + "}"
 
 
 def _latex(cell: Cell) -> str:

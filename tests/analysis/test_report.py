@@ -407,6 +407,13 @@ def test_latex_rows_have_the_columns_that_the_tabular_declares(report):
     assert not re.search(r"(?<!\\)[_%#]", outside)
 
 
+def test_latex_holds_no_sign_that_an_engine_may_lack(report):
+    assert (report("study") / "table.tex").read_text().isascii()
+    text = (report("sweep") / "table.tex").read_text()
+    assert text.isascii()
+    assert r"$\star$" in text
+
+
 def test_every_figure_is_a_png_beside_the_page(whole):
     names = sorted(path.name for path in whole[0].glob("*.png"))
     assert "toys-plane.png" in names
