@@ -1,0 +1,169 @@
+"""Footnotes of the main tables: everything that a reader must know to read a number rightly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from analysis.report.answer import SPLIT_WORDS
+from analysis.report.measures import Measure, number
+from analysis.report.summary import RowSummary, Summary
+
+MOST_NAMED = 6
+"""Most rows that a footnote names."""
+
+
+def named(labels: Sequence[str]) -> str:
+    """Labels in a row, the rest counted."""
+    rest = len(labels) - MOST_NAMED
+    return ", ".join(labels[:MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def score_notes(summary: Summary, measures: Sequence[Measure]) -> list[str]:
+    """Footnotes of the table of scores."""
+    return [
+        *_what(summary),
+        *_bold(summary, measures),
+        *_seeds(summary),
+        *_partitions(summary),
+        *_columns(summary, measures),
+        *_absent(summary, measures),
+        *_budget(summary),
+        *_rounds_and_versions(summary),
+    ]
+
+
+def _what(summary: Summary) -> Iterable[str]:
+    seeds = ", ".join(map(str, summary.seeds))
+    clients = " or ".join(map(str, summary.num_clients))
+    unit = "percent" if summary.score == "accuracy" else "squared error, lower is better"
+    text = f"{SPLIT_WORDS[summary.split].capitalize()}, final round, {unit}; "
+    if len(summary.seeds) > 1:
+        text += f"mean ± half-width of the 95 % t interval over seeds {seeds}"
+    else:
+        text += f"one seed ({seeds}), hence no interval"
+    yield text + (f"; {clients} clients." if clients else ".")
+    if len(summary.seeds) == 2:
+        yield "Two seeds leave one degree of freedom: an interval is 12.7 standard errors each way."
+    if summary.split == "val":
+        yield "Validation data chose among these rows or may do so: the best of them is flattered."
+    if any(row.row.chosen for row in summary.rows):
+        yield "\N{BLACK STAR}: the sweep's choice."
+    if summary.section.older:
+        yield f"Left out: {summary.section.older} runs with a newer one of the same row and seed."
+
+
+def _bold(summary: Summary, measures: Sequence[Measure]) -> Iterable[str]:
+    rankings = [summary.ranking(m) for m in measures]
+    if not any(any(r.bold) for r in rankings):
+        yield "Nothing is bold: no two rows share two seeds on the same data and partition."
+        return
+    yield (
+        "Bold: the best mean of a column, and every row whose paired difference to it (same seed, "
+        "data and partition; at least two) has a 95 % t interval that includes 0. Not corrected "
+        "for the number of comparisons."
+    )
+    unpaired = sorted({summary.rows[at].label for r in rankings for at in r.unpaired})
+    if unpaired:
+        yield (
+            "Not compared with the best, since fewer than two seeds on the same data and partition "
+            f"are common: {named(unpaired)}."
+        )
+
+
+def _seeds(summary: Summary) -> Iterable[str]:
+    """Rows that lack seeds which others have."""
+    partial = [row for row in summary.rows if row.seeds != summary.seeds]
+    if partial:
+        told = [f"{r.label} ({', '.join(map(str, r.seeds))})" for r in partial]
+        yield f"Fewer seeds, so their means are not over the same runs: {named(told)}."
+
+
+def _partitions(summary: Summary) -> Iterable[str]:
+    for seed, groups in summary.other_partitions().items():
+        told = " | ".join(named(labels) for labels in groups)
+        yield (
+            f"Seed {seed} was run on {len(groups)} different partitions ({told}): between these "
+            "groups nothing is paired, and their means are not on the same deal."
+        )
+
+
+def _columns(summary: Summary, measures: Sequence[Measure]) -> Iterable[str]:
+    yield (
+        "global: the server's model on all clients' examples; local: each client's personalized "
+        "model on its own, weighted by examples; client mean and std, worst and best tenth: the "
+        "local score over clients, unweighted."
+    )
+    yield (
+        "harmed vs global: share of clients whose personalized model is worse on their own "
+        "examples than the run's global model; 0 by construction where they predict with that one."
+    )
+    if any(m.metric.endswith(("_vs_local", "_vs_fedavg")) for m in measures):
+        yield (
+            "harmed vs local, vs fedavg: share whose personalized model is worse than the one that "
+            "they have in that row, on the same partition."
+        )
+    if any(m.metric.startswith("new/") for m in measures):
+        yield "new clients: held out from training, adapted to, and tested."
+
+
+def _absent(summary: Summary, measures: Sequence[Measure]) -> Iterable[str]:
+    """Why cells are n/a, and means that lack some of a row's runs."""
+    reasons: dict[str, list[str]] = {}
+    for measure in measures:
+        for row in summary.rows:
+            has = len(row.values(measure.metric))
+            if not has:
+                reason = _reason(measure, row)
+                reasons.setdefault(reason, []).append(f"{row.label}: {measure.title}")
+            elif has < len(row.numbers):
+                few = f"measured in {has} of {len(row.numbers)} runs only"
+                reasons.setdefault(few, []).append(f"{row.label}: {measure.title}")
+    for reason, where in reasons.items():
+        yield f"n/a or partial, {reason} ({named(where)})."
+
+
+def _reason(measure: Measure, row: RowSummary) -> str:
+    if measure.metric.endswith(f"_vs_{row.row.method}"):
+        return "the row is the one compared with"
+    return measure.missing
+
+
+def _budget(summary: Summary) -> Iterable[str]:
+    steps = {row.label: i.mean for row in summary.rows if (i := row.mean("cost/total_steps"))}
+    if not steps:
+        yield "Budget: gradient steps were not recorded."
+        return
+    if (unequal := summary.unequal_steps()) is None:
+        yield f"Budget: {number(next(iter(steps.values())), 0)} gradient steps, equal within 5 %."
+        return
+    least, most = (min(steps, key=steps.__getitem__), max(steps, key=steps.__getitem__))
+    yield (
+        f"UNEQUAL BUDGETS: {number(unequal[0], 0)} gradient steps ({least}) to "
+        f"{number(unequal[1], 0)} ({most}); more of them help, whatever the method."
+    )
+
+
+def _rounds_and_versions(summary: Summary) -> Iterable[str]:
+    runs = [n.run for row in summary.rows for n in row.numbers]
+    last = sorted({run.params.get("evaluation.last", "1") for run in runs})
+    if last != ["1"]:
+        yield f"Final: mean over the last {' or '.join(last)} evaluated rounds."
+    versions = sorted({run.tags.get("selffl_ray_version", "unknown") for run in runs})
+    if len(versions) > 1:
+        yield f"The runs are of different versions of selffl_ray: {', '.join(versions)}."
+
+
+def cost_notes(summary: Summary) -> list[str]:
+    """Footnotes of the table of costs."""
+    notes = [
+        "gradient steps: of all clients in training and in the last personalization; rounds: all "
+        "that were run, whichever is selected.",
+        "MB: 10^6 bytes that the method would send over a network in the whole run, all clients "
+        "together; not what Ray moves.",
+        "seconds: training and evaluation, without start-up; they depend on the machine and on "
+        "what else it did, so compare them only within one machine.",
+        *_absent(summary, summary.costs()),
+    ]
+    if len(summary.seeds) > 1:
+        notes.insert(0, "Mean ± half-width of the 95 % t interval over seeds.")
+    return notes
