@@ -162,8 +162,9 @@ def _evaluation_plan(
     )
     if not wanted:
         raise ConfigError(
-            f"evaluation.score_test: false, and evaluation.splits {list(splits)} have no "
-            "validation examples, leave nothing to evaluate; give validation a share"
+            f"evaluation.splits {list(splits)} have no validation examples, and with "
+            "evaluation.score_test: false (as in a sweep that selects) nothing is left to "
+            "evaluate; give validation a share"
         )
     if not config.evaluation.score_test:
         new = new[:0]

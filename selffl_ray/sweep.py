@@ -331,12 +331,6 @@ def _check_metric(sweep: SweepConfig, config: ExperimentConfig) -> None:
         raise ConfigError(
             f"mode: {sweep.mode} seeks the worst {sweep.metric}; use {'max' if higher else 'min'}"
         )
-    assert config.evaluation.splits is not None, "parse_config resolves it"
-    if config.evaluation.splits[1] == 0:
-        raise ConfigError(
-            f"metric: {sweep.metric} needs validation examples, but evaluation.splits "
-            f"{list(config.evaluation.splits)} give none"
-        )
 
 
 def _short_keys(keys: Sequence[str]) -> dict[str, str]:

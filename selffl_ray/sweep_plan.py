@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from selffl_ray.errors import ConfigError
 from selffl_ray.experiment import Prepared, prepare_experiment
 from selffl_ray.runtime.placement import (
     ActorPlan,
@@ -60,6 +61,12 @@ def plan_sweep(sweep: SweepConfig, nodes: Sequence[Node]) -> SweepPlan:
     references = references_of(sweep, chosen)
     planned = trials(sweep, chosen, sweep.seeds, here, open_test=sweep.open_test)
     prepared = tuple(prepare_experiment(t.config) for t in planned[: len(chosen)])
+    for one, found in zip(chosen, prepared, strict=True):
+        if "val" not in found.evaluation.splits:
+            raise ConfigError(
+                f"metric: {sweep.metric} needs validation examples, and {one.label} has none: "
+                "evaluation.splits must give them a share"
+            )
     plans = {
         one.number: placement_of_trial(sweep, p, nodes)
         for one, p in zip(chosen, prepared, strict=True)

@@ -189,7 +189,12 @@ def test_a_trial_reserves_its_cpus_for_its_driver_and_its_client_actors(tmp_path
         (
             {"evaluation.splits": [[0.5, 0.0, 0.5]]},
             {},
-            "val/local_accuracy needs validation examples",
+            r"evaluation.splits \[0.5, 0.0, 0.5\] have no validation examples",
+        ),
+        (
+            {"evaluation.splits": [[0.5, 0.0, 0.5]]},
+            {"open_test": True},
+            "metric: val/local_accuracy needs validation examples, and splits=.* has none",
         ),
         (
             {"method.kappa": [0.25, 0.5, 1.5]},
