@@ -53,7 +53,8 @@ smoke: $(STAMP)  ## every command once, small, on a real Ray
 
 lowest: $(STAMP)  ## the fast tests on the oldest versions that pyproject.toml allows
 	$(PYTHON) -m venv $(VENV)-lowest
-	$(VENV)-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[dev]'
+	$(VENV)-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[watch]' \
+		pytest pytest-xdist hypothesis
 	$(VENV)-lowest/bin/python -m pytest -m "not ray and not slow" -n 2
 
 clean:  ## remove the environment and caches (not runs/ and the MLflow store)
