@@ -55,7 +55,7 @@ lowest: $(STAMP)  ## the fast tests on the oldest versions that pyproject.toml a
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[watch]' \
 		pytest pytest-xdist hypothesis
-	$(VENV)-lowest/bin/python -m pytest -m "not ray and not slow" -n 2
+	$(VENV)-lowest/bin/python -m pytest -m "not ray and not slow" -n 2 -o filterwarnings=default
 
 clean:  ## remove the environment and caches (not runs/ and the MLflow store)
 	rm -rf $(VENV) $(VENV)-lowest .mypy_cache .ruff_cache .pytest_cache .hypothesis

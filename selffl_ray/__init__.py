@@ -1,7 +1,8 @@
 """Self-FL and other personalized federated learning on Ray.
 
 ``load_config`` reads an experiment, ``run_experiment`` and ``run_comparison`` run it; the results
-hold the summary, the run's folder and its tables as pandas frames.
+hold the summary, the run's folder and its tables as pandas frames. ``load_sweep`` and ``run_sweep``
+do the same for a sweep.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ if TYPE_CHECKING:
     from selffl_ray.api import Result, run_comparison, run_experiment
     from selffl_ray.config import ExperimentConfig, load_config
     from selffl_ray.errors import SelfFLError
+    from selffl_ray.sweep import load_sweep
+    from selffl_ray.sweep_run import run_sweep
 
 __all__ = [
     "ExperimentConfig",
     "Result",
     "SelfFLError",
     "load_config",
+    "load_sweep",
     "run_comparison",
     "run_experiment",
+    "run_sweep",
 ]
 
 _HOMES = {
@@ -27,8 +32,10 @@ _HOMES = {
     "Result": "api",
     "SelfFLError": "errors",
     "load_config": "config",
+    "load_sweep": "sweep",
     "run_comparison": "api",
     "run_experiment": "api",
+    "run_sweep": "sweep_run",
 }
 
 

@@ -26,7 +26,7 @@ from selffl_ray.errors import ConfigError
 from selffl_ray.experiment import prepare_experiment
 from selffl_ray.run_loop import Message
 from selffl_ray.run_writer import Job
-from selffl_ray.runtime.cluster import cluster, this_machine
+from selffl_ray.runtime.cluster import check_shared, cluster, this_machine
 from selffl_ray.runtime.placement import (
     Node,
 )
@@ -106,6 +106,7 @@ def run_sweep(
         plan_sweep(sweep, this_machine())
     with cluster() as ray_cluster:
         plan = plan_sweep(sweep, ray_cluster.nodes)
+        check_shared(folder)
         if resume is None:
             write_text(folder / "sweep.yaml", dump_yaml(to_raw(sweep)))
             write_text(folder / "command.txt", f"{command}\n")

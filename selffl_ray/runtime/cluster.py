@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,6 +19,8 @@ from selffl_ray.runtime.placement import Node
 logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
+SHARED_S = 60.0
+"""Longest wait for a machine to say whether it sees a folder."""
 REACH_S = 10.0
 """Longest wait for a cluster's port to open; Ray itself would try for many minutes."""
 
@@ -127,6 +130,45 @@ def _nodes() -> list[Node]:
             )
             nodes.append((node["NodeID"] != here, found.name, node["NodeID"], found))
     return [found for *_, found in sorted(nodes, key=lambda n: n[:3])]
+
+
+def check_shared(folder: Path) -> None:
+    """On several machines: does each see this folder? Trials write there, wherever they are.
+
+    Raises:
+        PlacementError: a machine does not, or gives no answer.
+    """
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    alive = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+    if len(alive) < 2:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".seen-by-all-{os.getpid()}"
+    probe.touch()
+    look: Any = ray.remote(_exists)
+    try:
+        for node in alive:
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = look.options(num_cpus=0, scheduling_strategy=here).remote(str(probe))
+            try:
+                seen = bool(ray.get(task, timeout=SHARED_S))
+            except (TimeoutError, RayError):
+                seen = False
+            if not seen:
+                raise PlacementError(
+                    f"{folder} is not seen by the node {node['NodeManagerHostname']}: trials that "
+                    "run there would write to a disk of its own; give --output on storage that all "
+                    "nodes share"
+                )
+    finally:
+        probe.unlink()
+
+
+def _exists(path: str) -> bool:
+    return Path(path).exists()
 
 
 def this_machine() -> list[Node]:

@@ -251,3 +251,46 @@ def test_a_store_that_cannot_be_reached_changes_no_result(local_ray, tmp_path, m
         assert len(said) == (name == "down")
     assert tables["down"] == tables["up"]
     assert list((tmp_path / "down").glob("trials/*/untracked.jsonl"))
+
+
+# -- several machines ------------------------------------------------------------------------------
+
+TWO_NODES = """
+import sys
+from pathlib import Path
+from selffl_ray.errors import PlacementError
+from selffl_ray.runtime import cluster
+import ray
+from ray.cluster_utils import Cluster
+
+head = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "include_dashboard": False}
+nodes = Cluster(initialize_head=True, head_node_args=head)
+nodes.add_node(num_cpus=1, node_ip_address="127.0.0.1")
+ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
+folder = Path(sys.argv[1])
+cluster.check_shared(folder)
+print("seen", sorted(p.name for p in folder.iterdir()))
+mine = ray.get_runtime_context().get_node_id()
+# A disk of its own cannot be had on one machine: the other node is made to look elsewhere.
+cluster._exists = lambda path: ray.get_runtime_context().get_node_id() == mine
+try:
+    cluster.check_shared(folder)
+except PlacementError as error:
+    print("refused", error)
+ray.shutdown()
+nodes.shutdown()
+"""
+
+
+def test_a_folder_that_a_node_does_not_see_is_refused_before_the_sweep(tmp_path):
+    box = Sandbox(tmp_path)
+    try:
+        process = box.start(sys.executable, "-c", TWO_NODES, str(tmp_path / "shared"))
+        out, err = process.communicate(timeout=120)
+    finally:
+        box.end_all()
+    lines = [line for line in out.splitlines() if line.startswith(("seen", "refused"))]
+    assert len(lines) == 2, err
+    assert lines[0] == "seen []"
+    assert "is not seen by the node" in lines[1]
+    assert "give --output on storage that all nodes share" in lines[1]
