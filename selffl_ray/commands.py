@@ -210,9 +210,10 @@ def _tell_sweep(sweep: SweepConfig, result: SweepResult, say: Say) -> int:
     say.out(ranking_table(result.ranking, result.rows[last], sweep.metric))
     say.out(f"table:   {result.folder / name}.md   (and .csv, a row a trial)")
     say.out(f"Tune:    tensorboard --logdir {shlex.quote(str(result.folder / 'tune'))}")
-    say.out(
-        "curves:  selffl ui   (MLflow, experiment " + f"{sweep.experiment!r}, grouped by parent)"
-    )
+    if result.tracked:
+        say.out(
+            f"curves:  selffl ui   (MLflow, experiment {sweep.experiment!r}, grouped by parent)"
+        )
     if not result.complete:
         say.out("stopped; go on with")
         say.out(f"  selffl tune --resume {shlex.quote(str(result.folder))}")

@@ -70,7 +70,7 @@ class SweepResult:
     """A sweep that has ended.
 
     ranking: of the last stage that ran; rows: a row a trial, by stage; complete: nothing is left to
-    be resumed; failed: trials that ended with an error.
+    be resumed; failed: trials that ended with an error; tracked: MLflow has a parent run of it.
     """
 
     folder: Path
@@ -78,6 +78,7 @@ class SweepResult:
     rows: dict[str, pd.DataFrame]
     complete: bool
     failed: int
+    tracked: bool
 
 
 def run_sweep(
@@ -190,7 +191,9 @@ class _Sweep:
             ranking = self._write(stage, rows["confirm"], "confirm")
             complete = _complete(rows["confirm"], stage.scheduler)
         failed = sum(int((r["status"] == "FAILED").sum()) for r in rows.values())
-        result = SweepResult(self._folder, ranking, rows, complete, failed)
+        result = SweepResult(
+            self._folder, ranking, rows, complete, failed, self._parent is not None
+        )
         self._close_parent(result)
         return result
 

@@ -166,7 +166,9 @@ class SelfFLTrial(tune.Trainable):
         self._past = deque(past_rounds(folder))
         self._finished = is_finished(folder)
         self._latest: dict[str, Any] = {}
-        self._run = SteppedRun(lambda control: self._runner.run(control, job, spec.plan, name))
+        # Client actors serve trial after trial, so they are named after this actor.
+        label = f"{job.raw['experiment']}-trial-{os.getpid()}"
+        self._run = SteppedRun(lambda control: self._runner.run(control, job, spec.plan, label))
 
     def step(self) -> dict[str, Any]:
         """Report the next evaluated round."""
@@ -325,9 +327,12 @@ def _with_bundles(specs: Mapping[str, TrialSpec]) -> Any:
     """The trainable with a placement group for each trial: its driver, then its client actors."""
     bundles = {name: bundles_of(spec.plan) for name, spec in specs.items()}
     trainable = tune.with_parameters(SelfFLTrial, specs=dict(specs))
-    return tune.with_resources(
+    found: Any = tune.with_resources(
         trainable, lambda config: tune.PlacementGroupFactory(bundles[config["trial"]["name"]])
     )
+    # Tune wraps the class in others of its own; Ray's pages show this name.
+    found.__name__ = found.__qualname__ = SelfFLTrial.__name__
+    return found
 
 
 def bundles_of(plan: PlacementPlan) -> list[dict[str, float]]:
