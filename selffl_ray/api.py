@@ -38,6 +38,8 @@ Watch = Callable[[Any], None]
 
 JOB_FOLDER = "runtime_resources/working_dir_files"
 """Part of the path of a folder that Ray unpacks a job's working directory to, and deletes."""
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666", "#8c2d04")
+"""Of the methods of a comparison in MLflow: told apart by colour-blind people too (Okabe, Ito)."""
 SHOWN_KEYS = 4
 """Most keys that a message names."""
 
@@ -142,9 +144,11 @@ def run_comparison(
     together = {"comparison": f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"}
     root = Path(output).absolute() if output is not None else None
     jobs = []
-    for one in configs:
+    for number, one in enumerate(configs):
         folder = new_folder(one) if root is None else root / f"{one.method_label}-s{one.seed}"
-        jobs.append(make_job(one, folder, tags=together))
+        # MLflow's own colours, drawn from the run's id, often are the same for two runs.
+        colour = COLOURS[number % len(methods) % len(COLOURS)]
+        jobs.append(make_job(one, folder, tags={**together, "mlflow.runColor": colour}))
     if len({job.folder for job in jobs}) < len(jobs):
         raise ConfigError(
             f"two of these runs would be written to one folder in {root}: methods need different "

@@ -341,7 +341,25 @@ def ui(options: argparse.Namespace, say: Say) -> int:
     say.out("open an experiment, its chart view, and search for ^test/(global|local)_accuracy$")
     say.out("Ray dashboard: `ray dashboard cluster.yaml` for a cluster; local runs start none")
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
-    return subprocess.call([*command, "--host", "127.0.0.1", "--port", str(options.port)])
+    return _serve([*command, "--host", "127.0.0.1", "--port", str(options.port)])
+
+
+def _serve(command: list[str]) -> int:
+    """Run a server until it or we are told to end; nothing that it started outlives us."""
+    # MLflow's background jobs (for its language model pages) are eight more processes.
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
+
+    def end(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    server = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        return server.wait()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        signal.signal(signal.SIGTERM, before)
 
 
 def doctor(options: argparse.Namespace, say: Say) -> int:

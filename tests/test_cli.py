@@ -5,6 +5,7 @@ In-process through ``main`` where possible; signals and exit status of a process
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -12,10 +13,12 @@ import random
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +42,8 @@ from selffl_ray.registry import (
 )
 from selffl_ray.run_loop import Message, Progress
 from selffl_ray.runtime.placement import Node
+from selffl_ray.tracking import open_store
+from tests.runtime.processes import Sandbox
 
 LOCAL = ["--set", "placement.backend=local", "--set", "tracking.enabled=false"]
 QUICK = [*LOCAL, "--set", "training.num_rounds=3"]
@@ -681,21 +686,40 @@ def test_preparing_data_builds_a_store_once_and_names_licence_and_digest(selffl,
     assert (store / "data.arrow").stat().st_mtime_ns == before
 
 
-def test_the_ui_is_started_on_loopback_over_the_runs_store(selffl, tmp_path, monkeypatch):
-    calls: list[list[str]] = []
-    monkeypatch.setattr(subprocess, "call", lambda command: calls.append(command) or 0)
-    store = tmp_path / "deep" / "m.db"
-    store.parent.mkdir()
-    store.touch()
-    note = {"uri": f"sqlite:///{store}", "run_id": "1"}
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")  # in MLflow
+def test_the_ui_serves_the_runs_store_on_loopback_and_leaves_nothing_behind(tmp_path):
+    open_store(f"sqlite:///{tmp_path / 'm.db'}")
     (tmp_path / "run").mkdir()
+    note = {"uri": f"sqlite:///{tmp_path / 'm.db'}", "run_id": "1"}
     (tmp_path / "run" / "tracking.json").write_text(json.dumps(note))
-    for target in ("run", "deep/m.db"):
-        said = selffl("ui", target, "--port", "5055")
-        assert said.code == 0
-        assert "http://127.0.0.1:5055" in said.out
-    expected = ["--backend-store-uri", note["uri"], "--host", "127.0.0.1", "--port", "5055"]
-    assert [call[-6:] for call in calls] == [expected, expected]
+    box = Sandbox(tmp_path)
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
+        port = free.getsockname()[1]
+    try:
+        process = box.start(
+            *(sys.executable, "-m", "selffl_ray", "ui", "run", "--port", str(port)),
+            output=subprocess.DEVNULL,
+        )
+        page = wait_for_page(f"http://127.0.0.1:{port}/health", process)
+        assert page == "OK"
+        commands = [p.cmdline() for p in box.alive()]
+        assert any(note["uri"] in command for command in commands)
+        process.terminate()
+        assert process.wait(timeout=20) == 130
+        assert box.all_gone(within_s=10)
+    finally:
+        box.end_all()
+
+
+def wait_for_page(address, process):
+    """What a server answers once it is up."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5) as answer:
+            return answer.read().decode()
+        time.sleep(0.5)
+    raise AssertionError("the server did not come up")
 
 
 def test_the_ui_of_a_server_is_its_address_without_the_password(selffl, tmp_path, monkeypatch):
