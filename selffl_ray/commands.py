@@ -230,6 +230,8 @@ def _dry_sweep(sweep: SweepConfig, say: Say) -> int:
     plan = plan_sweep(sweep, nodes)
     for one in plan.chosen:
         say.out(f"{one.number:4d}  {one.label}")
+    if sweep.searcher.name != "variants":
+        say.out("# the first suggestions; the others depend on what these come to")
     for line in estimate_sweep(plan, sum(n.cpus for n in nodes)):
         say.out(f"# {line}")
     return 0
