@@ -46,8 +46,9 @@ class SearcherConfig:
     """Where configurations come from: all of the space, or suggested one after the other.
 
     ``optuna``: Optuna's tree-structured Parzen estimator (Bergstra et al. 2011, "Algorithms for
-    hyper-parameter optimization"), told the mean of ``metric`` over ``seeds``. Not together with
-    what would break or ignore the search (``sweep_search.check_search``).
+    hyper-parameter optimization"), told the mean of ``metric`` over ``seeds``. Lists, ``grid`` and
+    ``choice`` are categories to it, the other kinds keep their distributions. What would break or
+    ignore the search is refused (``sweep_search.check_search``).
     """
 
     name: Literal["variants", "optuna"] = "variants"
@@ -155,7 +156,8 @@ class SweepConfig:
     """Score test data in the first stage too: for studies that report every configuration and
     select none. Not together with ``confirm``."""
     reference: dict[str, Any] | None = None
-    """Settings of the configuration that the others are compared with; the first by default."""
+    """Settings of the configuration that the others are compared with; the first by default. A
+    searcher is told to suggest it first."""
     within: tuple[str, ...] = ()
     """Keys of the space that set the scene (data, participation): configurations are ranked and
     compared within each of their values only."""

@@ -52,6 +52,8 @@ def check_search(sweep: SweepConfig, folder: Path) -> None:
             "searcher: variants"
         )
     (dimensions,) = read_space(sweep.space)
+    if sweep.reference is not None:
+        _check_reference(dimensions, sweep.reference)
     corners = _corners(dimensions)
     for corner in corners:
         checked(sweep, corner, folder)
@@ -78,10 +80,6 @@ def _check_options(sweep: SweepConfig) -> None:
         "open_test": (
             sweep.open_test,
             "selects, and test data must not be seen by it; use confirm",
-        ),
-        "reference": (
-            sweep.reference is not None,
-            "compares with its first suggestion; leave it out",
         ),
         "space": (
             isinstance(sweep.space, list) and len(sweep.space) != 1,
@@ -113,6 +111,32 @@ def _corners(dimensions: Sequence[Dimension]) -> list[Raw]:
     return expand([grids], 1, 0)
 
 
+def _check_reference(dimensions: Sequence[Dimension], reference: Settings) -> None:
+    """The reference is the first suggestion, so it must be one that the space can give."""
+    active = [d for d in dimensions if d.active(reference)]
+    if {d.key for d in active} != set(reference):
+        raise ConfigError(
+            f"reference: searcher optuna suggests it first, so it must set exactly "
+            f"{', '.join(d.key for d in active)}; got {', '.join(reference) or 'nothing'}"
+        )
+    for one in active:
+        if not _holds(one, reference[one.key]):
+            raise ConfigError(
+                f"reference: {one.key}: {reference[one.key]!r} is not in the space's {one.kind} "
+                f"{list(one.values)}"
+            )
+
+
+def _holds(dimension: Dimension, value: Any) -> bool:
+    if dimension.kind in ("grid", "choice"):
+        return value in dimension.values
+    low, high = dimension.values
+    numbers = int if dimension.kind == "randint" else (int, float)
+    if not isinstance(value, numbers) or isinstance(value, bool):
+        return False
+    return bool(low <= value < high if dimension.kind == "randint" else low <= value <= high)
+
+
 class Suggestion(NamedTuple):
     """What was suggested; trial: Optuna's own object, which is told the value."""
 
@@ -137,6 +161,14 @@ class Search:
         (self._dimensions,) = read_space(sweep.space)
         self._short = short_keys([d.key for d in self._dimensions])
         self._study = _new_study(sweep)
+        if sweep.reference is not None:
+            self._study.enqueue_trial(
+                {
+                    d.key: _parameter(d, sweep.reference)
+                    for d in self._dimensions
+                    if d.key in sweep.reference
+                }
+            )
         self._known: dict[str, Configuration] = {}
         self._values: dict[int, float | None] = {}
         self._told: list[dict[str, Any]] = []
@@ -249,6 +281,12 @@ def _failed_state() -> Any:
     import optuna
 
     return optuna.trial.TrialState.FAIL
+
+
+def _parameter(dimension: Dimension, settings: Settings) -> Any:
+    """A setting as Optuna knows it (``_suggest``)."""
+    value = settings[dimension.key]
+    return dimension.values.index(value) if dimension.kind in ("grid", "choice") else value
 
 
 def _suggest(trial: Any, dimension: Dimension) -> Any:

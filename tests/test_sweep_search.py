@@ -12,8 +12,9 @@ import pytest
 
 from selffl_ray.config import parse_part
 from selffl_ray.errors import ConfigError
+from selffl_ray.estimate import estimate_sweep
 from selffl_ray.runtime.placement import Node
-from selffl_ray.sweep import SweepConfig
+from selffl_ray.sweep import SweepConfig, references_of
 from selffl_ray.sweep_plan import plan_sweep
 from selffl_ray.sweep_search import Search, check_search, values_to_tell
 
@@ -135,6 +136,54 @@ def test_a_suggestion_that_comes_again_is_run_once_and_told_again(tmp_path):
     assert all(one["value"] == one["configuration"] for one in told)
 
 
+@needs_optuna
+def test_the_reference_is_suggested_first_and_is_one_of_the_suggestions(tmp_path):
+    first = {
+        "method.personalization": "interpolate",
+        "method.readout_steps": 22,
+        "method.kappa": 1,
+        "training.learning_rate": 0.03,
+    }
+    sweep, log = sweep_of(CONDITIONED, reference=first), tmp_path / "search.json"
+    check_search(sweep, tmp_path)
+    search = advance(Search(sweep, tmp_path, log))
+    assert suggested(search)[0] == first
+    assert len(suggested(search)) == 12
+    assert references_of(sweep, search.configurations)[""].number == 0
+    assert suggested(Search(sweep, tmp_path, log)) == suggested(search)
+
+
+@needs_optuna
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ({"method.kappa": 1.0}, "it must set exactly method.personalization, .*; got method.kappa"),
+        ({}, "it must set exactly .*; got nothing"),
+        (
+            {"method.personalization": "early_stop", "method.readout_steps": 20},
+            "exactly method.personalization, method.kappa, training.learning_rate; got",
+        ),
+        ({"method.kappa": 2.5}, r"method.kappa: 2.5 is not in the space's uniform \[0.5, 2.0\]"),
+        ({"method.kappa": "1"}, "method.kappa: '1' is not in the space's uniform"),
+        ({"method.personalization": "map"}, "method.personalization: 'map' is not in the space's"),
+        (
+            {"method.personalization": "interpolate", "method.readout_steps": 23},
+            r"readout_steps: 23 is not in the space's randint \[20, 23\]",
+        ),
+    ],
+)
+def test_a_reference_that_cannot_be_suggested_is_refused_in_one_line(reference, message, tmp_path):
+    whole = {
+        "method.personalization": "early_stop",
+        "method.kappa": 1.0,
+        "training.learning_rate": 0.1,
+    }
+    found = {**whole, **reference} if "exactly" not in message else reference
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_search(sweep_of(CONDITIONED, reference=found), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 # -- replay ----------------------------------------------------------------------------------------
 
 
@@ -208,6 +257,8 @@ def test_a_plan_holds_the_first_batch_with_every_seed(tmp_path):
     assert [(t.seed, t.configuration.number) for t in plan.first.trials] == [
         (seed, number) for seed in (3, 5) for number in range(3)
     ]
+    # What it will cost is of the whole search.
+    assert estimate_sweep(plan, 2.0)[0] == "12 suggestions x 2 seeds = 24 trials, 2 at once"
 
 
 def test_without_the_package_one_line_says_what_to_do(tmp_path, monkeypatch):
@@ -226,10 +277,6 @@ def test_without_the_package_one_line_says_what_to_do(tmp_path, monkeypatch):
         ({"budget": {"trials": 50}}, "budget.trials: searcher optuna runs searcher.trials"),
         ({"within": list(RATE)}, "within: searcher optuna seeks one best"),
         ({"open_test": True}, "open_test: searcher optuna selects, and test data must not be"),
-        (
-            {"reference": {"method.kappa": 1.0}},
-            "reference: searcher optuna compares with its first",
-        ),
         ({"space": [RATE, {}]}, "space: searcher optuna needs one mapping, not a union"),
     ],
 )
