@@ -3,7 +3,8 @@
 A batch is asked for once every earlier suggestion has been told its value, so what is suggested
 does not depend on which trial ends first. What was told is kept in a file; whoever resumes the
 sweep asks and tells the same again, from the same seed, and so comes to the same next batch. That
-the suggestions are the same as then is checked, not assumed.
+the suggestions are the same as then is checked, not assumed. A trial that failed is tried again
+only as long as its batch has not been told.
 
 Optuna is an optional extra and is imported in this module only.
 """
@@ -98,7 +99,7 @@ def _corners(dimensions: Sequence[Dimension]) -> list[Raw]:
         values = one.values
         if one.kind not in ("grid", "choice"):
             low, high = values
-            inside = [v for key, v in named if key == one.key]
+            inside = [v for key, v in named if key == one.key and _holds(one, v)]
             ends = (low, high - 1 if one.kind == "randint" else high, *inside)
             values = tuple(dict.fromkeys(ends))
         grids.append(Dimension(one.key, "grid", values, one.when))
