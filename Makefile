@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := dev,watch
+EXTRAS := dev,watch,optuna
 STAMP := $(VENV)/.installed
 SELFFL := $(BIN)/selffl
 # Nothing reports to anybody, and Ray stays on loopback.
@@ -53,7 +53,7 @@ smoke: $(STAMP)  ## every command once, small, on a real Ray
 
 lowest: $(STAMP)  ## the fast tests on the oldest versions that pyproject.toml allows
 	$(PYTHON) -m venv $(VENV)-lowest
-	$(VENV)-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[watch]' \
+	$(VENV)-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[watch,optuna]' \
 		pytest pytest-xdist hypothesis
 	$(VENV)-lowest/bin/python -m pytest -m "not ray and not slow" -n 2 -o filterwarnings=default
 

@@ -8,7 +8,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from selffl_ray.estimate import estimate_run, estimate_sweep
 from selffl_ray.experiment import prepare_experiment
 from selffl_ray.registry import Component, datasets
 from selffl_ray.runtime.cluster import cluster, this_machine
+from selffl_ray.serving import serve
 from selffl_ray.sweep import SweepConfig, load_sweep
 from selffl_ray.sweep_plan import plan_sweep
 from selffl_ray.sweep_run import SweepResult, run_sweep
@@ -231,6 +231,8 @@ def _dry_sweep(sweep: SweepConfig, say: Say) -> int:
     plan = plan_sweep(sweep, nodes)
     for one in plan.chosen:
         say.out(f"{one.number:4d}  {one.label}")
+    if sweep.searcher.name != "variants":
+        say.out("# the first suggestions; the others depend on what these come to")
     for line in estimate_sweep(plan, sum(n.cpus for n in nodes)):
         say.out(f"# {line}")
     return 0
@@ -341,25 +343,7 @@ def ui(options: argparse.Namespace, say: Say) -> int:
     say.out("open an experiment, its chart view, and search for ^test/(global|local)_accuracy$")
     say.out("Ray dashboard: `ray dashboard cluster.yaml` for a cluster; local runs start none")
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
-    return _serve([*command, "--host", "127.0.0.1", "--port", str(options.port)])
-
-
-def _serve(command: list[str]) -> int:
-    """Run a server until it or we are told to end; nothing that it started outlives us."""
-    # MLflow's background jobs (for its language model pages) are eight more processes.
-    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
-
-    def end(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, end)
-    server = subprocess.Popen(command, env=environment, start_new_session=True)
-    try:
-        return server.wait()
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)
-        signal.signal(signal.SIGTERM, before)
+    return serve([*command, "--host", "127.0.0.1", "--port", str(options.port)])
 
 
 def doctor(options: argparse.Namespace, say: Say) -> int:

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from selffl_ray.run_loop import Progress
+from selffl_ray.sweep_progress import SweepProgress
 from selffl_ray.sweep_results import Ranked, interval, shown
-from selffl_ray.sweep_run import SweepProgress
 
 Row = Mapping[str, Any]
 

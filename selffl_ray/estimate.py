@@ -43,9 +43,12 @@ TRIAL_START_S = 3.0
 
 def estimate_sweep(plan: SweepPlan, cpus: float) -> list[str]:
     """Lines for a person: trials, how many at once, hours and memory."""
-    sweep, count = plan.sweep, len(plan.first.trials)
+    sweep = plan.sweep
+    searched = sweep.searcher.trials  # of a search, only the first batch is known
+    suggestions = searched or len(plan.chosen)
+    count = suggestions * len(sweep.seeds)
     side_by_side = max(1, int(cpus / sweep.cpus_per_trial))
-    side_by_side = min(side_by_side, sweep.concurrent or side_by_side, count)
+    side_by_side = min(side_by_side, sweep.concurrent or side_by_side, len(plan.first.trials))
     step = {}
     seconds = 0.0
     for prepared in plan.prepared:
@@ -54,13 +57,15 @@ def estimate_sweep(plan: SweepPlan, cpus: float) -> list[str]:
         if key not in step:
             step[key] = step_seconds(prepared)
         seconds += len(sweep.seeds) * (num_steps(prepared) * step[key] + TRIAL_START_S)
+    seconds *= suggestions / len(plan.chosen)
     actors = 1 + max(len(p.actors) for p in plan.first.plans)
     more = ""
     if sweep.confirm is not None:
         best, seeds = sweep.confirm.top, len(sweep.confirm.seeds)
         more = f"; then {best} configurations with {seeds} fresh seeds (and the reference)"
     return [
-        f"{len(plan.chosen)} configurations x {len(sweep.seeds)} seeds = {count} trials, "
+        f"{suggestions} {'suggestions' if searched else 'configurations'} x {len(sweep.seeds)} "
+        f"seeds = {count} trials, "
         f"{side_by_side} at once{more}",
         f"about {duration(seconds / side_by_side)} for training and starts, besides evaluation",
         f"about {side_by_side * actors * ACTOR_BYTES / 2**30:.1f} GiB for the actors",

@@ -42,6 +42,45 @@ LONGEST_NAME = 70
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearcherConfig:
+    """Where configurations come from: all of the space, or suggested one after the other.
+
+    ``optuna``: Optuna's tree-structured Parzen estimator (Bergstra et al. 2011, "Algorithms for
+    hyper-parameter optimization"), told the mean of ``metric`` over ``seeds``. Lists, ``grid`` and
+    ``choice`` are categories to it, the other kinds keep their distributions. What would break or
+    ignore the search is refused (``sweep_search.check_search``).
+    """
+
+    name: Literal["variants", "optuna"] = "variants"
+    trials: int | None = None
+    """optuna: suggestions; each runs with every seed, one that comes again runs once."""
+    startup: int = 10
+    """optuna: suggestions drawn at random, before the first that learns from the others."""
+    batch: int = 4
+    """optuna: suggestions asked for before any of them is known. Their trials run side by side as
+    the CPUs allow; a number of its own, so that the search does not depend on the machine."""
+
+    def __post_init__(self) -> None:
+        if self.name == "variants":
+            if (self.trials, self.startup, self.batch) != (None, 10, 4):
+                raise ConfigError(
+                    "searcher: trials, startup and batch act with name: optuna only; budget.trials "
+                    "bounds the variants"
+                )
+            return
+        if self.trials is None:
+            raise ConfigError("searcher.trials must be given with name: optuna, as in trials: 40")
+        for name in ("startup", "batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"searcher.{name} must be >= 1, got {getattr(self, name)}")
+        if self.trials <= self.startup:
+            raise ConfigError(
+                f"searcher.trials must be above searcher.startup ({self.startup}), or every "
+                f"suggestion is random; got {self.trials}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
     """How trials are ended early."""
 
@@ -109,6 +148,7 @@ class SweepConfig:
     metric: str = "val/local_accuracy"
     """Ranks the configurations; of validation data."""
     mode: Literal["max", "min"] = "max"
+    searcher: SearcherConfig = field(default_factory=SearcherConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     confirm: ConfirmConfig | None = None
@@ -116,7 +156,8 @@ class SweepConfig:
     """Score test data in the first stage too: for studies that report every configuration and
     select none. Not together with ``confirm``."""
     reference: dict[str, Any] | None = None
-    """Settings of the configuration that the others are compared with; the first by default."""
+    """Settings of the configuration that the others are compared with; the first by default. A
+    searcher is told to suggest it first."""
     within: tuple[str, ...] = ()
     """Keys of the space that set the scene (data, participation): configurations are ranked and
     compared within each of their values only."""
@@ -127,7 +168,7 @@ class SweepConfig:
     concurrent: int | None = None
     """Most trials at once; as many as the CPUs allow by default."""
     search_seed: int = 0
-    """Random entries of the space are drawn from it."""
+    """Random entries of the space are drawn from it, and it seeds the searcher."""
 
     def __post_init__(self) -> None:
         for name, seeds in (("seeds", self.seeds), ("confirm.seeds", self._fresh)):
@@ -213,32 +254,41 @@ def configurations(sweep: SweepConfig, folder: Path) -> list[Configuration]:
     """
     found: dict[str, Settings] = {}
     for settings in expand(read_space(sweep.space), sweep.budget.samples, sweep.search_seed):
-        config = configure(sweep, settings, sweep.seeds[0], folder, open_test=sweep.open_test)
-        _check_idle(config, settings)
-        _check_metric(sweep, config)
-        found.setdefault(json.dumps(to_raw(config), sort_keys=True), settings)
+        found.setdefault(checked(sweep, settings, folder), settings)
     most = sweep.budget.trials
     if most is not None and len(found) > most:
         raise ConfigError(
             f"budget.trials: the space has {len(found)} configurations, more than {most}; prune "
             "the space, or raise the budget"
         )
-    short = _short_keys([key for settings in found.values() for key in settings])
+    short = short_keys([key for settings in found.values() for key in settings])
     for key in sweep.within:
         if not all(key in settings for settings in found.values()):
             raise ConfigError(
                 f"within: {key} is not set by every configuration of the space, so they cannot be "
                 "told apart by it"
             )
-    return [
-        Configuration(
-            number,
-            settings,
-            _label(settings, short),
-            _label({k: settings[k] for k in sweep.within}, short) if sweep.within else "",
-        )
-        for number, settings in enumerate(found.values())
-    ]
+    return [labelled(sweep, n, settings, short) for n, settings in enumerate(found.values())]
+
+
+def labelled(
+    sweep: SweepConfig, number: int, settings: Settings, short: Mapping[str, str]
+) -> Configuration:
+    """A configuration with its label and scene; ``short`` comes from ``short_keys``."""
+    scene = _label({k: settings[k] for k in sweep.within}, short) if sweep.within else ""
+    return Configuration(number, settings, _label(settings, short), scene)
+
+
+def checked(sweep: SweepConfig, settings: Settings, folder: Path) -> str:
+    """The experiment that settings give, checked and in a form that is equal for equal ones.
+
+    Raises:
+        ConfigError: naming the setting and why it cannot be.
+    """
+    config = configure(sweep, settings, sweep.seeds[0], folder, open_test=sweep.open_test)
+    _check_idle(config, settings)
+    _check_metric(sweep, config)
+    return json.dumps(to_raw(config), sort_keys=True)
 
 
 def configure(
@@ -333,7 +383,7 @@ def _check_metric(sweep: SweepConfig, config: ExperimentConfig) -> None:
         )
 
 
-def _short_keys(keys: Sequence[str]) -> dict[str, str]:
+def short_keys(keys: Sequence[str]) -> dict[str, str]:
     """Last parts of dotted keys, as many as tell them apart."""
     short: dict[str, str] = {}
     for key in dict.fromkeys(keys):

@@ -25,6 +25,7 @@ from selffl_ray.sweep import (
     references_of,
     trials,
 )
+from selffl_ray.sweep_search import Search, check_search
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A checked sweep, before anything starts."""
+    """A checked sweep, before anything starts.
+
+    With a searcher, what is known by then: its first batch.
+    """
 
     sweep: SweepConfig
     chosen: tuple[Configuration, ...]
@@ -57,27 +61,53 @@ def plan_sweep(sweep: SweepConfig, nodes: Sequence[Node]) -> SweepPlan:
         UsageError: in one line, naming the key, the value and the remedy.
     """
     here = Path.cwd()
-    chosen = configurations(sweep, here)
+    if sweep.searcher.name == "variants":
+        chosen = configurations(sweep, here)
+    else:
+        check_search(sweep, here)
+        chosen = Search(sweep, here).ask()
     references = references_of(sweep, chosen)
+    first, prepared = plan_selection(sweep, chosen, nodes)
+    return SweepPlan(sweep, tuple(chosen), references, first, prepared)
+
+
+def plan_selection(
+    sweep: SweepConfig, chosen: Sequence[Configuration], nodes: Sequence[Node]
+) -> tuple[Stage, tuple[Prepared, ...]]:
+    """The first stage, or a batch of it, and its configurations prepared with the first seed."""
+    here = Path.cwd()
     planned = trials(sweep, chosen, sweep.seeds, here, open_test=sweep.open_test)
-    prepared = tuple(prepare_experiment(t.config) for t in planned[: len(chosen)])
-    for one, found in zip(chosen, prepared, strict=True):
+    prepared, plans = _placed(sweep, planned, len(chosen), nodes)
+    return Stage("select", tuple(planned), plans, sweep.scheduler), prepared
+
+
+def plan_confirmation(
+    sweep: SweepConfig, best: Sequence[Configuration], nodes: Sequence[Node]
+) -> Stage:
+    """The second stage: fresh seeds, test data opened, no trial ended early."""
+    assert sweep.confirm is not None
+    planned = trials(sweep, best, sweep.confirm.seeds, Path.cwd(), open_test=True)
+    _, plans = _placed(sweep, planned, len(best), nodes)
+    return Stage("confirm", tuple(planned), plans, SchedulerConfig())
+
+
+def _placed(
+    sweep: SweepConfig, planned: Sequence[Trial], count: int, nodes: Sequence[Node]
+) -> tuple[tuple[Prepared, ...], tuple[PlacementPlan, ...]]:
+    """The first ``count`` trials prepared, a configuration each; and the place of every trial."""
+    first = planned[:count]
+    prepared = tuple(prepare_experiment(t.config) for t in first)
+    for trial, found in zip(first, prepared, strict=True):
         if "val" not in found.evaluation.splits:
             raise ConfigError(
-                f"metric: {sweep.metric} needs validation examples, and {one.label} has none: "
-                "evaluation.splits must give them a share"
+                f"metric: {sweep.metric} needs validation examples, and "
+                f"{trial.configuration.label} has none: evaluation.splits must give them a share"
             )
     plans = {
-        one.number: placement_of_trial(sweep, p, nodes)
-        for one, p in zip(chosen, prepared, strict=True)
+        t.configuration.number: placement_of_trial(sweep, p, nodes)
+        for t, p in zip(first, prepared, strict=True)
     }
-    first = Stage(
-        "select",
-        tuple(planned),
-        tuple(plans[t.configuration.number] for t in planned),
-        sweep.scheduler,
-    )
-    return SweepPlan(sweep, tuple(chosen), references, first, prepared)
+    return prepared, tuple(plans[t.configuration.number] for t in planned)
 
 
 def placement_of_trial(

@@ -1,35 +1,32 @@
 """A sweep from its file to its tables: plan, first stage, ranking, confirmation, MLflow.
 
 The sweep's folder holds ``sweep.yaml`` (repeats it), ``trials/<name>/`` (each a run's folder),
-``results.csv`` and ``results.md``, with a second stage also ``confirm.csv`` and ``confirm.md``, and
-``tune/`` with Tune's own files, readable by TensorBoard. Whoever resumes it repeats no trial that
-is done.
+``results.csv`` and ``results.md``, with a second stage also ``confirm.csv`` and ``confirm.md``,
+with a searcher ``search.json`` (what it was told), and ``tune/`` with Tune's own files, readable by
+TensorBoard. Whoever resumes it repeats no trial that is done.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pandas as pd
 
 from selffl_ray.api import make_job, ray_is_running
 from selffl_ray.config import ExperimentConfig, dump_yaml, flatten, to_raw
 from selffl_ray.errors import ConfigError
-from selffl_ray.experiment import prepare_experiment
 from selffl_ray.run_loop import Message
 from selffl_ray.run_writer import Job
 from selffl_ray.runtime.cluster import check_shared, cluster, this_machine
-from selffl_ray.runtime.placement import (
-    Node,
-)
+from selffl_ray.runtime.placement import Node
 from selffl_ray.sweep import (
     Configuration,
     SchedulerConfig,
@@ -38,31 +35,20 @@ from selffl_ray.sweep import (
     load_sweep,
     trials,
 )
-from selffl_ray.sweep_plan import Stage, SweepPlan, placement_of_trial, plan_sweep
+from selffl_ray.sweep_plan import (
+    Stage,
+    SweepPlan,
+    plan_confirmation,
+    plan_selection,
+    plan_sweep,
+)
+from selffl_ray.sweep_progress import StageProgress, Watch
 from selffl_ray.sweep_results import Ranked, markdown, rank, trial_rows
+from selffl_ray.sweep_search import Search, values_to_tell
 from selffl_ray.tables import write_json, write_text
 from selffl_ray.tracking import close_sweep, open_sweep, resolve_uri
 
 logger = logging.getLogger(__name__)
-
-Watch = Callable[[Any], None]
-
-
-class SweepProgress(NamedTuple):
-    """An event: how far a stage is.
-
-    done: trials that have ended, started_done: of those that this command started; best: the best
-    value reported so far, and by whom.
-    """
-
-    stage: str
-    done: int
-    started_done: int
-    failed: int
-    total: int
-    best: tuple[float, str] | None
-    metric: str
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -181,14 +167,16 @@ class _Sweep:
 
     def run(self) -> SweepResult:
         """Both stages, the tables, and what MLflow is told at the end."""
-        sweep, plan = self._sweep, self._plan
-        rows = {"select": self._run_stage(plan.first)}
-        ranking = self._write(plan.first, rows["select"], "results")
-        complete = _complete(rows["select"], sweep.scheduler)
+        sweep = self._sweep
+        select = self._select if sweep.searcher.name == "variants" else self._search
+        chosen, selected, complete = select()
+        rows = {"select": selected}
+        ranking = self._write(selected, "select")
         if sweep.confirm is not None and complete and ranking:
-            stage = self._confirmation(ranking)
+            best = self._finalists(ranking, chosen)
+            stage = plan_confirmation(sweep, best, self._nodes)
             rows["confirm"] = self._run_stage(stage)
-            ranking = self._write(stage, rows["confirm"], "confirm")
+            ranking = self._write(rows["confirm"], "confirm")
             complete = _complete(rows["confirm"], stage.scheduler)
         failed = sum(int((r["status"] == "FAILED").sum()) for r in rows.values())
         result = SweepResult(
@@ -197,28 +185,46 @@ class _Sweep:
         self._close_parent(result)
         return result
 
-    def _confirmation(self, ranking: Sequence[Ranked]) -> Stage:
-        sweep, confirm = self._sweep, self._sweep.confirm
-        assert confirm is not None
-        by_number = {one.number: one for one in self._plan.chosen}
+    def _select(self) -> tuple[Sequence[Configuration], pd.DataFrame, bool]:
+        """The first stage of a sweep whose configurations are all known."""
+        rows = self._run_stage(self._plan.first)
+        return self._plan.chosen, rows, _complete(rows, self._sweep.scheduler)
+
+    def _search(self) -> tuple[Sequence[Configuration], pd.DataFrame, bool]:
+        """The first stage with a searcher: batches, until all is told or something is left."""
+        sweep = self._sweep
+        search = Search(sweep, Path.cwd(), self._folder / "search.json")
+        progress = StageProgress("select", sweep, self._watch)
+        while search.left and progress.seconds < (sweep.budget.seconds or math.inf):
+            values: Mapping[int, float | None] = {}
+            if batch := search.ask():
+                stage, _ = plan_selection(sweep, batch, self._nodes)
+                rows = self._run_stage(stage, progress, search.later * len(sweep.seeds))
+                if not _complete(rows, stage.scheduler):
+                    break
+                values = values_to_tell(rows, sweep.metric)
+            search.tell(values)
+        found = search.configurations
+        whole = trials(sweep, found, sweep.seeds, Path.cwd(), open_test=sweep.open_test)
+        return found, trial_rows(whole, self._folder / "trials"), not search.left
+
+    def _finalists(
+        self, ranking: Sequence[Ranked], chosen: Sequence[Configuration]
+    ) -> list[Configuration]:
+        """The best of every scene, and its reference."""
+        assert self._sweep.confirm is not None
+        by_number = {one.number: one for one in chosen}
         best: list[Configuration] = []
         for scene, reference in self._plan.references.items():
             own = [by_number[r.configuration] for r in ranking if r.scene == scene]
-            best += own[: confirm.top]
+            best += own[: self._sweep.confirm.top]
             best += [reference] if reference not in best else []
-        planned = trials(sweep, best, confirm.seeds, Path.cwd(), open_test=True)
-        prepared = {
-            t.configuration.number: prepare_experiment(t.config) for t in planned[: len(best)]
-        }
-        plans = {n: placement_of_trial(sweep, p, self._nodes) for n, p in prepared.items()}
-        return Stage(
-            "confirm",
-            tuple(planned),
-            tuple(plans[t.configuration.number] for t in planned),
-            SchedulerConfig(),
-        )
+        return best
 
-    def _run_stage(self, stage: Stage) -> pd.DataFrame:
+    def _run_stage(
+        self, stage: Stage, progress: StageProgress | None = None, later: int = 0
+    ) -> pd.DataFrame:
+        """Run what is left of a stage, or of a batch of it with ``later`` trials to follow."""
         # Imported here: Tune takes more than a second, and a dry run needs none of it.
         from selffl_ray.tuning import TrialSpec, is_finished, run_trials
 
@@ -232,7 +238,9 @@ class _Sweep:
             t.name: TrialSpec(self._job(stage, t), plan, t.configuration.settings, self._reported())
             for t, plan in left
         }
-        progress = _Progress(stage, len(stage.trials) - len(left), self._sweep, self._watch)
+        progress = progress or StageProgress(stage.name, self._sweep, self._watch)
+        progress.begin(stage.trials, finished=len(stage.trials) - len(left), later=later)
+        seconds = self._sweep.budget.seconds
         if specs and not (stage.scheduler.name != "none" and self._done(stage)):
             run_trials(
                 specs,
@@ -242,7 +250,8 @@ class _Sweep:
                 mode=self._sweep.mode,
                 num_rounds=max(t.config.training.num_rounds for t in stage.trials),
                 concurrent=self._sweep.concurrent,
-                seconds=self._sweep.budget.seconds,
+                # Tune takes no budget of 0.
+                seconds=None if seconds is None else max(seconds - progress.seconds, 1e-3),
                 watch=progress,
             )
         return trial_rows(stage.trials, root)
@@ -291,8 +300,9 @@ class _Sweep:
 
     # -- results --------------------------------------------------------------------------------
 
-    def _write(self, stage: Stage, rows: pd.DataFrame, name: str) -> list[Ranked]:
+    def _write(self, rows: pd.DataFrame, stage: str) -> list[Ranked]:
         sweep = self._sweep
+        name = "results" if stage == "select" else stage
         references = {scene: one.number for scene, one in self._plan.references.items()}
         write_text(self._folder / f"{name}.csv", rows.to_csv(index=False))
         text = markdown(
@@ -300,7 +310,7 @@ class _Sweep:
             sweep.metric,
             sweep.mode,
             references,
-            title=f"{sweep.experiment}: {stage.name}",
+            title=f"{sweep.experiment}: {stage}",
             command=(self._folder / "command.txt").read_text().strip(),
         )
         write_text(self._folder / f"{name}.md", text)
@@ -317,7 +327,14 @@ class _Sweep:
         for one in best:
             marks |= self._marks(one.configuration)
         status = "FAILED" if result.failed else "FINISHED"
-        names = ("sweep.yaml", "results.csv", "results.md", "confirm.csv", "confirm.md")
+        names = (
+            "sweep.yaml",
+            "search.json",
+            "results.csv",
+            "results.md",
+            "confirm.csv",
+            "confirm.md",
+        )
         try:
             close_sweep(
                 self._store,
@@ -352,40 +369,3 @@ def _complete(rows: pd.DataFrame, scheduler: SchedulerConfig) -> bool:
     """Nothing is left: with a scheduler, trials that it stopped are done as well."""
     done = {"FINISHED", "FAILED"} | ({"STOPPED"} if scheduler.name != "none" else set())
     return bool(rows["status"].isin(done).all())
-
-
-class _Progress:
-    """Turns what Tune tells of trials into how far the stage is."""
-
-    def __init__(self, stage: Stage, done: int, sweep: SweepConfig, watch: Watch) -> None:
-        self._stage, self._watch = stage, watch
-        self._metric, self._sign = sweep.metric, 1 if sweep.mode == "max" else -1
-        self._before, self._done, self._failed = done, done, 0
-        self._best: tuple[float, str] | None = None
-        self._began = time.monotonic()
-        self._labels = {t.name: f"{t.configuration.label} seed {t.seed}" for t in stage.trials}
-
-    def __call__(self, event: Any) -> None:
-        """Take in a :class:`~selffl_ray.tuning.TuneEvent`."""
-        for text in event.result.get("warnings", ()):
-            self._watch(Message(f"{event.trial}: {text}"))
-        value = event.result.get(self._metric)
-        if value is not None and (
-            self._best is None or self._sign * value > self._sign * self._best[0]
-        ):
-            self._best = (value, self._labels[event.trial])
-        if event.kind != "result":
-            self._done += 1
-            self._failed += event.kind == "error"
-        self._watch(
-            SweepProgress(
-                self._stage.name,
-                self._done,
-                self._done - self._before,
-                self._failed,
-                len(self._stage.trials),
-                self._best,
-                self._metric,
-                time.monotonic() - self._began,
-            )
-        )

@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 
 from selffl_ray.console import ranking_table, sweep_line
+from selffl_ray.sweep_progress import SweepProgress
 from selffl_ray.sweep_results import Interval, interval, markdown, rank, shown
-from selffl_ray.sweep_run import SweepProgress
 
 METRIC = "val/local_accuracy"
 ZERO = {"": 0}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -216,6 +218,60 @@ def test_asha_ends_the_worst_early_and_what_remains_is_confirmed(local_ray, tmp_
     assert statuses == {"FINISHED", "KILLED"}
     again = run_sweep(sweep, resume=tmp_path / "sweep")
     assert again.rows["select"].equals(result.rows["select"])
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("optuna") is None,
+    reason="optuna is not installed: pip install 'selffl-ray[optuna]'",
+)
+def test_a_search_that_goes_on_in_the_middle_of_a_batch_has_the_same_tables(
+    local_ray, tmp_path, store
+):
+    sweep = sweep_of(
+        {"training.learning_rate": {"loguniform": [0.001, 0.5]}},
+        base={"placement": {"backend": "local"}},
+        searcher={"name": "optuna", "trials": 4, "startup": 2, "batch": 2},
+        seeds=[0, 1],
+        concurrent=1,
+        confirm={"top": 1, "seeds": [2]},
+    )
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    messages = []
+    result = run_sweep(sweep, output=whole, watch=messages.append)
+    assert result.complete
+    assert next(m.total for m in messages if m.stage == "select") == 8
+    assert [m.done for m in messages if m.stage == "select"][-1] == 8
+    rows = result.rows["select"]
+    told = json.loads((whole / "search.json").read_text())["told"]
+    means = rows.groupby("configuration")["val/local_accuracy"].mean()
+    assert [one["value"] for one in told] == means.tolist()
+    check_a_search_in_mlflow(store)
+    # As a kill leaves it: one batch told, of the other one trial done and three not begun.
+    shutil.copytree(whole, cut)
+    past = json.loads((cut / "search.json").read_text())
+    (cut / "search.json").write_text(json.dumps({**past, "told": past["told"][:2]}))
+    for name in [*rows["trial"].tolist()[-1:], *rows["trial"].tolist()[2:4]]:
+        shutil.rmtree(cut / "trials" / name)
+    for path in [*cut.glob("results.*"), *cut.glob("confirm.*")]:
+        path.unlink()
+    kept = {path: path.stat().st_mtime_ns for path in cut.glob("trials/*/summary.json")}
+    assert run_sweep(sweep, resume=cut).complete
+    for name in ("search.json", "results.csv", "results.md", "confirm.csv", "confirm.md"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def check_a_search_in_mlflow(store):
+    """Every suggestion with every seed below one parent, the best in both stages marked."""
+    client, runs = runs_of(store)
+    (parent,) = [r for r in runs if r.data.tags.get("selffl.kind") == "sweep"]
+    children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert parent.data.params["searcher.name"] == "optuna"
+    assert {r.info.status for r in [parent, *children]} == {"FINISHED"}
+    assert sum(r.data.tags["stage"] == "select" for r in children) == 8
+    best = [r for r in children if "best" in r.data.tags]
+    assert sorted(r.data.tags["stage"] for r in best) == ["confirm", "select", "select"]
+    assert "search.json" in {f.path for f in client.list_artifacts(parent.info.run_id)}
 
 
 def test_a_trial_that_fails_is_told_with_its_cause_and_the_others_go_on(local_ray, tmp_path):
