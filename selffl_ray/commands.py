@@ -34,6 +34,7 @@ from selffl_ray.estimate import estimate_run, estimate_sweep
 from selffl_ray.experiment import prepare_experiment
 from selffl_ray.registry import Component, datasets
 from selffl_ray.runtime.cluster import cluster, this_machine
+from selffl_ray.runtime.placement import Node
 from selffl_ray.serving import serve
 from selffl_ray.sweep import SweepConfig, load_sweep
 from selffl_ray.sweep_plan import plan_sweep
@@ -118,15 +119,18 @@ def run(options: argparse.Namespace, say: Say) -> int:
 def _dry_run(config: ExperimentConfig, say: Say) -> int:
     prepared = prepare_experiment(config)
     say.out(to_yaml(config))
-    if os.environ.get("RAY_ADDRESS") and config.placement.backend == "ray":
-        with cluster() as found:
-            nodes = found.nodes
-    else:
-        nodes = this_machine()
-    plan = placement_of(prepared, nodes)
+    plan = placement_of(prepared, _nodes())
     for line in (*plan.describe(), *estimate_run(prepared, plan)):
         say.out(f"# {line}")
     return 0
+
+
+def _nodes() -> list[Node]:
+    """The machines of the cluster that RAY_ADDRESS names, or this one."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return this_machine()
+    with cluster() as found:
+        return found.nodes
 
 
 def compare(options: argparse.Namespace, say: Say) -> int:
@@ -227,7 +231,7 @@ def _tell_sweep(sweep: SweepConfig, result: SweepResult, say: Say) -> int:
 
 
 def _dry_sweep(sweep: SweepConfig, say: Say) -> int:
-    nodes = this_machine()
+    nodes = _nodes()
     plan = plan_sweep(sweep, nodes)
     for one in plan.chosen:
         say.out(f"{one.number:4d}  {one.label}")

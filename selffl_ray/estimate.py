@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 import numpy as np
@@ -56,7 +57,8 @@ def estimate_sweep(plan: SweepPlan, cpus: float) -> list[str]:
         key = (spec.num_params, prepared.config.training.batch_size)
         if key not in step:
             step[key] = step_seconds(prepared)
-        seconds += len(sweep.seeds) * (num_steps(prepared) * step[key] + TRIAL_START_S)
+        steps = min(num_steps(prepared), sweep.budget.gradient_steps or sys.maxsize)
+        seconds += len(sweep.seeds) * (steps * step[key] + TRIAL_START_S)
     seconds *= suggestions / len(plan.chosen)
     actors = 1 + max(len(p.actors) for p in plan.first.plans)
     more = ""

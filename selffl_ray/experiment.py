@@ -19,6 +19,7 @@ from selffl_ray.datasets.splits import ClientRows, Partition, split_clients
 from selffl_ray.datasets.store import Store, prepare, store_root
 from selffl_ray.driver import EvaluationPlan
 from selffl_ray.errors import ConfigError, DataError
+from selffl_ray.evaluation import metric_names
 from selffl_ray.flat import ParamSpec
 from selffl_ray.messages import DataSpec, RunSpec, Split
 from selffl_ray.models.base import Model
@@ -92,7 +93,7 @@ def prepare_experiment(config: ExperimentConfig) -> Prepared:
         federation=federation,
         algorithm=algorithms.make(config.method, federation),
         plans=plan_rounds(config.seed, config.training, federation.num_clients),
-        evaluation=_evaluation_plan(config, federation, partition),
+        evaluation=_evaluation_plan(config, federation, partition, dataset.task.score_name),
         data_spec=DataSpec(
             config.data.component,
             config.data.source,
@@ -146,7 +147,7 @@ def _known_for(dataset: Dataset, store: Store, partition: Partition) -> KnownVar
 
 
 def _evaluation_plan(
-    config: ExperimentConfig, federation: Federation, partition: Partition
+    config: ExperimentConfig, federation: Federation, partition: Partition, score_name: str
 ) -> EvaluationPlan:
     splits = config.evaluation.splits
     assert splits is not None
@@ -168,6 +169,12 @@ def _evaluation_plan(
         )
     if not config.evaluation.score_test:
         new = new[:0]
+    stop, known = config.training.stop, metric_names(score_name)
+    if (stop.target, stop.patience) != (None, None) and stop.metric[len("val/") :] not in known:
+        raise ConfigError(
+            f"training.stop.metric: {stop.metric} is not measured on this data; there are "
+            f"{', '.join(f'val/{k}' for k in known)}"
+        )
     rounds = config.evaluation.rounds(config.training.num_rounds)
     return EvaluationPlan(rounds, index.astype(np.int64), new.astype(np.int64), wanted)
 

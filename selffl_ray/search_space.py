@@ -82,6 +82,13 @@ def _read_block(block: Mapping[str, Any]) -> list[Dimension]:
                     f"space: {key}: when names {other}, which is no earlier entry of the same "
                     "mapping"
                 )
+            earlier = next(d for d in found if d.key == other)
+            never = [v for v in dimension.when[other] if v not in earlier.values]
+            if earlier.kind in ("grid", "choice") and (never or not dimension.when[other]):
+                raise ConfigError(
+                    f"space: {key}: when {other} is one of {list(dimension.when[other])}, but it "
+                    f"is only ever one of {list(earlier.values)}"
+                )
             if dimension.kind == "grid" and other in random:
                 raise ConfigError(
                     f"space: {key} is a grid and cannot depend on the random {other}; use choice"

@@ -182,6 +182,8 @@ class SweepConfig:
                 f"confirm.seeds must be fresh ones, but {both} are among seeds: the selection has "
                 "seen them"
             )
+        if self.scheduler.name != "none":
+            self._check_scheduler()
         if self.open_test and self.confirm is not None:
             raise ConfigError(
                 "open_test: true shows test data before confirm selects; drop one of them"
@@ -194,6 +196,21 @@ class SweepConfig:
             raise ConfigError(
                 f"cpus_per_trial must be above {DRIVER_CPUS} (the driver's share), got "
                 f"{self.cpus_per_trial}"
+            )
+
+    def _check_scheduler(self) -> None:
+        """What would have the scheduler compare what cannot be compared, or lose trials."""
+        name = self.scheduler.name
+        if len(self.seeds) > 1 or self.within:
+            raise ConfigError(
+                f"scheduler: {name} ends trials by comparing them with all others, so of several "
+                f"seeds {list(self.seeds)} or scenes {list(self.within)} the easiest would "
+                "survive; give one seed and no within, and fresh seeds to confirm"
+            )
+        if self.budget.seconds is not None:
+            raise ConfigError(
+                f"budget.seconds: {self.budget.seconds:g} would end trials of scheduler: {name} "
+                "for good; drop one of them"
             )
 
     @property

@@ -97,6 +97,11 @@ def _placed(
     """The first ``count`` trials prepared, a configuration each; and the place of every trial."""
     first = planned[:count]
     prepared = tuple(prepare_experiment(t.config) for t in first)
+    fewest = min(t.config.training.num_rounds for t in first)
+    if (sweep.scheduler.grace or 0) > fewest:
+        raise ConfigError(
+            f"scheduler.grace: {sweep.scheduler.grace} rounds are more than the {fewest} of a trial"
+        )
     for trial, found in zip(first, prepared, strict=True):
         if "val" not in found.evaluation.splits:
             raise ConfigError(

@@ -19,6 +19,10 @@ from scipy import stats
 from selffl_ray.sweep import Trial
 
 CONFIDENCE = 0.95
+ENDED = "ended.json"
+"""In the folder of a trial that Tune ended: it was done, or the scheduler stopped it."""
+FAILURE = "failure.json"
+"""In the folder of a trial that failed: why."""
 
 
 class Interval(NamedTuple):
@@ -57,6 +61,11 @@ def _row(trial: Trial, folder: Path) -> dict[str, Any]:
     summary: dict[str, Any] = {"status": "UNFINISHED"}
     if path.exists():
         summary = json.loads(path.read_text())
+    if summary["status"] == "STOPPED" and not (folder / ENDED).exists():
+        # By Ctrl-C or the end of the time, not by the scheduler.
+        summary["status"] = "UNFINISHED"
+    if summary["status"] != "FINISHED" and (folder / FAILURE).exists():
+        summary |= {"status": "FAILED", **json.loads((folder / FAILURE).read_text())}
     final: Mapping[str, float] = summary.get("final", {})
     kept = {k: v for k, v in final.items() if k.startswith(("val/", "test/", "new/", "cost/"))}
     return {

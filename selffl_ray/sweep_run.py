@@ -12,17 +12,15 @@ import json
 import logging
 import math
 import os
-import secrets
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from selffl_ray.api import make_job, ray_is_running
 from selffl_ray.config import ExperimentConfig, dump_yaml, flatten, to_raw
-from selffl_ray.errors import ConfigError
 from selffl_ray.run_loop import Message
 from selffl_ray.run_writer import Job
 from selffl_ray.runtime.cluster import check_shared, cluster, this_machine
@@ -32,9 +30,9 @@ from selffl_ray.sweep import (
     SchedulerConfig,
     SweepConfig,
     Trial,
-    load_sweep,
     trials,
 )
+from selffl_ray.sweep_folder import check_folder, check_origin, new_folder, note_end
 from selffl_ray.sweep_plan import (
     Stage,
     SweepPlan,
@@ -87,8 +85,10 @@ def run_sweep(
         UsageError: something about the sweep cannot work; nothing was started.
         RunError: Ray Tune failed. A trial that fails is counted, and the others go on.
     """
-    folder = Path(resume or output or _new_folder(sweep)).absolute()
-    _check_folder(sweep, folder, resume=resume is not None)
+    folder = Path(resume or output or new_folder(sweep)).absolute()
+    check_folder(sweep, folder, resume=resume is not None)
+    if resume is not None:
+        check_origin(folder)
     if not os.environ.get("RAY_ADDRESS") and not ray_is_running():
         plan_sweep(sweep, this_machine())
     with cluster() as ray_cluster:
@@ -96,29 +96,8 @@ def run_sweep(
         check_shared(folder)
         if resume is None:
             write_text(folder / "sweep.yaml", dump_yaml(to_raw(sweep)))
-            write_text(folder / "command.txt", f"{command}\n")
+            write_json(folder / "origin.json", {"command": command, "folder": str(Path.cwd())})
         return _Sweep(plan, folder, ray_cluster.nodes, watch).run()
-
-
-def _new_folder(sweep: SweepConfig) -> Path:
-    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    return Path.cwd() / "runs" / sweep.experiment / f"sweep-{stamp}"
-
-
-def _check_folder(sweep: SweepConfig, folder: Path, *, resume: bool) -> None:
-    file = folder / "sweep.yaml"
-    if resume and not file.exists():
-        raise ConfigError(f"--resume {folder}: there is no sweep in that folder")
-    if not resume and file.exists():
-        raise ConfigError(
-            f"--output {folder} holds a sweep already; go on with --resume {folder}, or give "
-            "another folder"
-        )
-    if resume and to_raw(load_sweep(file)) != to_raw(sweep):
-        raise ConfigError(
-            f"--resume {folder}: not as in its sweep.yaml; leave that as it was, or start another "
-            "sweep"
-        )
 
 
 class _Sweep:
@@ -172,6 +151,8 @@ class _Sweep:
         chosen, selected, complete = select()
         rows = {"select": selected}
         ranking = self._write(selected, "select")
+        if sweep.confirm is not None and complete and not ranking:
+            self._say("nothing is confirmed: no configuration has finished with all of its seeds")
         if sweep.confirm is not None and complete and ranking:
             best = self._finalists(ranking, chosen)
             stage = plan_confirmation(sweep, best, self._nodes)
@@ -240,6 +221,11 @@ class _Sweep:
         }
         progress = progress or StageProgress(stage.name, self._sweep, self._watch)
         progress.begin(stage.trials, finished=len(stage.trials) - len(left), later=later)
+
+        def watch(event: Any) -> None:
+            note_end(event, root)
+            progress(event)
+
         seconds = self._sweep.budget.seconds
         if specs and not (stage.scheduler.name != "none" and self._done(stage)):
             run_trials(
@@ -252,7 +238,7 @@ class _Sweep:
                 concurrent=self._sweep.concurrent,
                 # Tune takes no budget of 0.
                 seconds=None if seconds is None else max(seconds - progress.seconds, 1e-3),
-                watch=progress,
+                watch=watch,
             )
         return trial_rows(stage.trials, root)
 
@@ -264,7 +250,8 @@ class _Sweep:
             resume=(folder / "config.yaml").exists(),
             tags=self._tags(stage, trial),
         )
-        return replace(job, name=f"{trial.configuration.label} s{trial.seed}")
+        # The store that the sweep began in, wherever it is gone on with.
+        return replace(job, name=f"{trial.configuration.label} s{trial.seed}", store=self._store)
 
     def _done(self, stage: Stage) -> bool:
         return _complete(trial_rows(stage.trials, self._folder / "trials"), stage.scheduler)
@@ -293,7 +280,7 @@ class _Sweep:
     def _tags(self, stage: Stage, trial: Trial) -> dict[str, str]:
         tags = {"stage": stage.name, "configuration": trial.configuration.label}
         for key, value in trial.configuration.settings.items():
-            tags[key] = str(value)
+            tags[f"space.{key}"] = str(value)
         if self._parent is not None:
             tags["mlflow.parentRunId"] = self._parent
         return tags
@@ -311,7 +298,7 @@ class _Sweep:
             sweep.mode,
             references,
             title=f"{sweep.experiment}: {stage}",
-            command=(self._folder / "command.txt").read_text().strip(),
+            command=json.loads((self._folder / "origin.json").read_text())["command"],
         )
         write_text(self._folder / f"{name}.md", text)
         return rank(rows, sweep.metric, sweep.mode, references)
@@ -321,7 +308,7 @@ class _Sweep:
             return
         metrics: dict[str, float] = {}
         marks: dict[str, Mapping[str, str]] = {}
-        best = best_of_each_scene(result.ranking)
+        best = best_of_each_scene(result.ranking) if result.complete else []
         if len(best) == 1:
             metrics[f"best/{self._sweep.metric}"] = best[0].value.mean
         for one in best:

@@ -177,9 +177,12 @@ def final_metrics(rows: Sequence[Mapping[str, Any]], last: int) -> dict[str, flo
     if not rows:
         return {}
     newest = {k: v for k, v in rows[-1].items() if "/" in k}
+    # A run that ended early was not evaluated in each of its last rounds.
+    first = rows[-1]["round_index"] - last
+    recent = [row for row in rows[-last:] if row["round_index"] > first]
     for key in newest:
         if key.startswith(("test/", "val/", "new/")):
-            newest[key] = float(np.mean([row[key] for row in rows[-last:] if key in row]))
+            newest[key] = float(np.mean([row[key] for row in recent if key in row]))
     return _finite(newest)
 
 

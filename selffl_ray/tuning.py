@@ -32,6 +32,8 @@ from selffl_ray.run_writer import Job
 from selffl_ray.runtime.actors import Control
 from selffl_ray.runtime.placement import PlacementPlan
 from selffl_ray.sweep import SchedulerConfig
+from selffl_ray.sweep_results import FAILURE
+from selffl_ray.tables import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,8 @@ STOP_S = 120.0
 class TrialSpec(NamedTuple):
     """What a trial's actor needs: the job, where its clients live, and what to show of it.
 
-    settings: of its configuration, for Tune's pages; metrics: names that are reported.
+    settings: of its configuration, for Tune's pages; metrics: names that are reported, the
+    sweep's own first.
     """
 
     job: Job
@@ -162,7 +165,9 @@ class SelfFLTrial(tune.Trainable):
         spec = self._specs[name]
         folder = Path(spec.job.folder)
         job = dataclasses.replace(spec.job, resume=(folder / "config.yaml").exists())
+        self._folder = folder
         self._metrics = spec.metrics
+        (folder / FAILURE).unlink(missing_ok=True)
         self._past = deque(past_rounds(folder))
         self._finished = is_finished(folder)
         self._latest: dict[str, Any] = {}
@@ -175,9 +180,21 @@ class SelfFLTrial(tune.Trainable):
         if self._past:
             row = self._past.popleft()
             return self._report(row["round_index"], row, done=self._finished and not self._past)
+        try:
+            return self._next()
+        except Exception as error:
+            write_json(self._folder / FAILURE, {"error": " ".join(str(error).split())})
+            raise
+
+    def _next(self) -> dict[str, Any]:
         event = self._run.advance()
         if event is None:
             return {**self._latest, "done": True}
+        if self._metrics[0] not in event.metrics:
+            raise RunError(
+                f"round {event.round_index}: {self._metrics[0]} was not measured or is not finite; "
+                "did the models diverge?"
+            )
         last = event.round_index + 1 == event.num_rounds
         if last:
             self._run.advance()

@@ -107,6 +107,11 @@ def test_draws_are_repeated_by_their_seed_and_a_longer_search_begins_with_the_sh
         ({"a": {"uniform": [False, True]}}, r"uniform needs \[low, high\]"),
         ({"seed": [0, 1]}, "seed is no entry of a space"),
         ({"a": {"grid": [1], "when": {"b": 1}}}, "a: when names b, which is no earlier entry"),
+        (
+            {"a": ["x"], "b": {"grid": [1], "when": {"a": "y"}}},
+            r"b: when a is one of \['y'\], but it is only ever one of \['x'\]",
+        ),
+        ({"a": ["x"], "b": {"grid": [1], "when": {"a": []}}}, r"b: when a is one of \[\], but"),
         ({"a": {"grid": [1], "when": [1]}}, r"a: when must map keys to values, got \[1\]"),
         (
             {"a": {"uniform": [0, 1]}, "b": {"grid": [1], "when": {"a": 1}}},
