@@ -120,7 +120,8 @@ def _dry_run(config: ExperimentConfig, say: Say) -> int:
     prepared = prepare_experiment(config)
     say.out(to_yaml(config))
     plan = placement_of(prepared, _nodes())
-    for line in (*plan.describe(), *estimate_run(prepared, plan)):
+    cautions = [f"caution: {caution}" for caution in prepared.algorithm.cautions]
+    for line in (*cautions, *plan.describe(), *estimate_run(prepared, plan)):
         say.out(f"# {line}")
     return 0
 

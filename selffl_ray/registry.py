@@ -143,6 +143,7 @@ datasets = Registry("data set", "data.name", "selffl_ray.datasets")
 models = Registry("model", "model.name", "selffl_ray.models")
 partitioners = Registry("partitioner", "data.partition.name", "selffl_ray.datasets")
 intra_estimators = Registry("intra-client estimator", "method.intra", "selffl_ray.estimators.intra")
+server_optimizers = Registry("server optimizer", "method.server", "selffl_ray.algorithms.server")
 inter_estimators = Registry("inter-client estimator", "method.inter", "selffl_ray.estimators.inter")
 
 register_algorithm = algorithms.register
@@ -151,6 +152,7 @@ register_model = models.register
 register_partitioner = partitioners.register
 register_intra_estimator = intra_estimators.register
 register_inter_estimator = inter_estimators.register
+register_server_optimizer = server_optimizers.register
 
 
 def load_plugins(modules: Iterable[str], folder: str) -> None:

@@ -1,4 +1,4 @@
-"""When a run ends before its last round: a target, patience, time or a budget of gradients."""
+"""When a run ends before its last round: a target, patience, time, or a budget of cost."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ class StopConfig:
     """End after the round in which this much time has passed."""
     gradient_steps: int | None = None
     """End after the round in which so many gradients were computed in all (readouts aside)."""
+    bytes: int | None = None
+    """End after the round in which the method has sent so many bytes in all, both ways."""
 
     def __post_init__(self) -> None:
         if not self.metric.startswith("val/"):
@@ -31,7 +33,7 @@ class StopConfig:
                 f"training.stop.metric must be a validation metric (val/...), got {self.metric!r}; "
                 "stopping on test data would select on them"
             )
-        for name in ("patience", "gradient_steps"):
+        for name in ("patience", "gradient_steps", "bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"training.stop.{name} must be >= 1, got {value}")
@@ -42,6 +44,11 @@ class StopConfig:
 def seconds_of(row: Mapping[str, Any]) -> float:
     """Time that a finished round took, its evaluation included."""
     return float(row["time/round_s"] + row.get("time/eval_s", 0.0))
+
+
+def bytes_of(row: Mapping[str, Any]) -> float:
+    """What a method would send over a network in a round, both ways."""
+    return float(row["comm/bytes_down"] + row["comm/bytes_up"])
 
 
 class StopRule:
@@ -60,6 +67,7 @@ class StopRule:
         self._sign = -1 if lower else 1
         self._best = -np.inf
         self._since = 0
+        self._bytes = 0.0
         self.enough = False
         seconds = 0.0
         for row in past:
@@ -73,6 +81,9 @@ class StopRule:
             self.enough = True
         most = config.gradient_steps
         if most is not None and metrics["cost/gradient_steps"] >= most:
+            self.enough = True
+        self._bytes += bytes_of(metrics)
+        if config.bytes is not None and self._bytes >= config.bytes:
             self.enough = True
         if value is None:
             return

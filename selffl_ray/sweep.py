@@ -111,9 +111,11 @@ class BudgetConfig:
     """End the sweep after so much time; --resume goes on."""
     gradient_steps: int | None = None
     """Each trial ends after the round in which it has computed so many gradients."""
+    bytes: int | None = None
+    """Each trial ends after the round in which its method has sent so many bytes, both ways."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "trials", "gradient_steps"):
+        for name in ("samples", "trials", "gradient_steps", "bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"budget.{name} must be >= 1, got {value}")
@@ -320,8 +322,10 @@ def configure(
         apply_value(raw, key, copy.deepcopy(settings[key]))
     raw |= {"experiment": sweep.experiment, "seed": seed}
     apply_value(raw, "evaluation.score_test", open_test)
-    if sweep.budget.gradient_steps is not None:
-        apply_value(raw, "training.stop.gradient_steps", sweep.budget.gradient_steps)
+    for cost in ("gradient_steps", "bytes"):
+        most = getattr(sweep.budget, cost)
+        if most is not None:
+            apply_value(raw, f"training.stop.{cost}", most)
     return parse_config(raw, folder)
 
 

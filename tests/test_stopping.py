@@ -22,8 +22,12 @@ def reached(config, rows, *, higher_is_better=True):
     return None
 
 
+SENT = {"comm/bytes_down": 300.0, "comm/bytes_up": 100.0}
+"""Of one round."""
+
+
 def scores(*values, name="val/local_accuracy"):
-    return [{"cost/gradient_steps": 10.0 * (i + 1), name: v} for i, v in enumerate(values)]
+    return [{"cost/gradient_steps": 10.0 * (i + 1), **SENT, name: v} for i, v in enumerate(values)]
 
 
 def test_a_target_is_met_from_the_right_side():
@@ -35,7 +39,7 @@ def test_a_target_is_met_from_the_right_side():
 
 def test_patience_counts_evaluations_without_a_better_value():
     assert reached(StopConfig(patience=2), scores(0.5, 0.4, 0.6, 0.6, 0.5)) == 4
-    gaps = [{"cost/gradient_steps": 1.0}] * 5
+    gaps = [{"cost/gradient_steps": 1.0, **SENT}] * 5
     assert reached(StopConfig(patience=2), gaps) is None
 
 
@@ -44,22 +48,42 @@ def test_a_budget_of_gradients_ends_after_the_round_that_reaches_it():
     assert reached(StopConfig(gradient_steps=20), scores(0.1, 0.1, 0.1)) == 1
 
 
+def test_a_budget_of_bytes_counts_both_ways_and_what_was_sent_before():
+    assert reached(StopConfig(bytes=1200), scores(0.1, 0.1, 0.1, 0.1)) == 2
+    assert reached(StopConfig(bytes=1201), scores(0.1, 0.1, 0.1, 0.1)) == 3
+    past = [{**row, "time/round_s": 1.0} for row in scores(0.1, 0.1)]
+    rule = StopRule(StopConfig(bytes=1200), past, higher_is_better=True)
+    assert not rule.enough
+    rule.take(scores(0.1)[0], 3.0)
+    assert rule.enough
+
+
+def test_a_run_that_a_budget_of_bytes_ends_goes_on_to_the_same_round(tmp_path):
+    # 14 clients, 4 bytes a parameter, both ways.
+    size = 14 * 2 * 4 * (64 * 64 + 64 + 64 * 10 + 10)
+    settings = ("method=fedavg", "training.num_rounds=9", f"training.stop.bytes={3 * size}")
+    config = load_config(None, [*SMALL, *settings])
+    result = run_experiment(config, output=tmp_path / "run")
+    assert result.summary["rounds"] == 3
+    again = run_experiment(config, resume=result.folder)
+    assert again.summary["rounds"] == 3
+
+
 def test_a_run_that_goes_on_counts_what_was_before():
     rows = scores(0.5, 0.4)
     rule = StopRule(
         StopConfig(patience=2), [{**r, "time/round_s": 1.0} for r in rows], higher_is_better=True
     )
     assert not rule.enough
-    rule.take({"cost/gradient_steps": 30.0, "val/local_accuracy": 0.3}, 3.0)
+    rule.take({"cost/gradient_steps": 30.0, **SENT, "val/local_accuracy": 0.3}, 3.0)
     assert rule.enough
 
 
-@pytest.mark.parametrize("steps", [0, -3])
-def test_a_budget_without_a_step_is_refused(steps):
-    with pytest.raises(
-        ConfigError, match=f"training.stop.gradient_steps must be >= 1, got {steps}"
-    ):
-        StopConfig(gradient_steps=steps)
+@pytest.mark.parametrize("name", ["gradient_steps", "bytes"])
+@pytest.mark.parametrize("most", [0, -3])
+def test_a_budget_of_nothing_is_refused(name, most):
+    with pytest.raises(ConfigError, match=f"training.stop.{name} must be >= 1, got {most}"):
+        StopConfig(**{name: most})
 
 
 @pytest.mark.parametrize("method", ["fedavg", "selffl"])

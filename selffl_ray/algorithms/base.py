@@ -229,6 +229,8 @@ class Algorithm:
     adapt: (shared, per_client, state, stack) -> state of a client that was never seen, before it
         is personalized. The state that one local update leaves, by default.
     traffic: plan -> numbers sent a participant.
+    cautions: what the options make void or equal to another method, a sentence each; said before
+        the run starts.
     """
 
     init: Callable[[FlatParams], Any]
@@ -241,6 +243,7 @@ class Algorithm:
     global_params: Callable[[Any], FlatParams | NotAvailable] = the_params
     personalize: Callable[[Any, Any, Any, Stack], Personal] = use_global_params
     adapt: Callable[[Any, Any, Any, Stack], Any] | None = None
+    cautions: tuple[str, ...] = ()
 
     def adapted(self, shared: Any, per_client: Any, state: Any, stack: Stack) -> Any:
         """State of clients that were never seen, ready to be personalized."""

@@ -4,13 +4,15 @@ Source: McMahan et al. 2017, "Communication-efficient learning of deep networks 
 data", Algorithm 1. y <- x; K times y <- y - eta g(y); x <- sum_i (n_i / n) y_i over the clients
 that answered. The personalized model is the global one.
 
-Options: none. Metrics: the common ones.
+Options: ``server`` replaces the last step by a server optimizer (``fedavgm``, ``fedadam``,
+``fedyogi``); every method that averages models has this option. Metrics: the common ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from torch import Tensor
 
@@ -26,19 +28,35 @@ from selffl_ray.algorithms.base import (
     Sums,
     Traffic,
 )
+from selffl_ray.algorithms.server.base import ServerOptimizer
 from selffl_ray.flat import FlatParams
 from selffl_ray.participation import RoundPlan
-from selffl_ray.registry import register_algorithm
+from selffl_ray.registry import Component, register_algorithm, server_optimizers
 from selffl_ray.training import Stack, local_sgd
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedAvgConfig:
-    """``method: fedavg`` has no options."""
+class AveragingConfig:
+    """Options of every method whose server averages models."""
+
+    server: Annotated[Component, server_optimizers] = Component("mean")
+    """What becomes of the mean: mean, fedavgm, fedadam or fedyogi, with their own options."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAvgConfig(AveragingConfig):
+    """Options of ``method: fedavg``."""
+
+
+class Server(NamedTuple):
+    """The global model (P,), and the memory of the server optimizer."""
+
+    params_P: Tensor
+    memory: Any
 
 
 class Global(NamedTuple):
-    """Server state and broadcast: the global model (P,)."""
+    """Broadcast: the global model (P,)."""
 
     params_P: Tensor
 
@@ -50,9 +68,10 @@ class Upload(NamedTuple):
 
 
 @register_algorithm("fedavg", FedAvgConfig)
-def fedavg(config: FedAvgConfig, federation: Federation) -> Algorithm:
+def fedavg(config: AveragingConfig, federation: Federation) -> Algorithm:
     """Local SGD from the global model, averaged by number of examples."""
     size = federation.spec.num_params
+    optimizer: ServerOptimizer = server_optimizers.make(config.server)
 
     def local_update(shared: Global, per_client: Empty, state: Empty, stack: Stack) -> Local:
         trained = local_sgd(stack, start=shared.params_P)
@@ -60,11 +79,11 @@ def fedavg(config: FedAvgConfig, federation: Federation) -> Algorithm:
         return Local(state, upload, Empty(), trained.loss_C, trained.num_steps_C)
 
     return Algorithm(
-        init=Global,
+        init=lambda params_P: Server(params_P, optimizer.init(params_P)),
         broadcast=share_params,
         local_update=local_update,
         reductions=(Mean(uploaded),),
-        aggregate=take_the_mean,
+        aggregate=average_with(optimizer),
         traffic=lambda plan: Traffic(size, size),
     )
 
@@ -79,7 +98,21 @@ def uploaded(payload: Upload) -> Tensor:
     return payload.params_CP
 
 
-def take_the_mean(server: Global, sums: Sums, reports: Reports) -> tuple[Global, Record]:
-    """The first reduction becomes the global model."""
-    mean_P: FlatParams = sums[0].to(server.params_P.dtype)
-    return Global(mean_P), NOTHING
+def average_with(
+    optimizer: ServerOptimizer, trainable: Tensor | None = None
+) -> Callable[[Server, Sums, Reports], tuple[Server, Record]]:
+    """The aggregation that makes a step of a server optimizer of the first reduction.
+
+    Args:
+        trainable: (P,) bool; the other coordinates of the global model never change. All by
+            default.
+    """
+
+    def aggregate(server: Server, sums: Sums, reports: Reports) -> tuple[Server, Record]:
+        mean_P: FlatParams = sums[0].to(server.params_P.dtype)
+        if trainable is not None:
+            mean_P = mean_P.where(trainable, server.params_P)
+        params_P, memory = optimizer.step(server.params_P, mean_P, server.memory)
+        return Server(params_P, memory), NOTHING
+
+    return aggregate

@@ -1,0 +1,101 @@
+"""What the methods share that keep a part of each client's model at the client.
+
+The own part is a row of coordinates (C, H) of the model's (P,); the rest is averaged. For the
+tables the server also averages the own parts of the clients that answered: the global model is the
+shared part with that mean, and nobody is sent it. Bytes count the shared part only.
+
+Shape letters: C clients of a stack, P parameters, H coordinates of the own part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from selffl_ray.algorithms.base import Algorithm, Empty, Federation, Local, Personal, Traffic
+from selffl_ray.algorithms.fedavg import AveragingConfig, Global, Upload, fedavg
+from selffl_ray.algorithms.fine_tuning import FineTuneConfig, fine_tune
+from selffl_ray.errors import ConfigError
+from selffl_ray.flat import FlatParams, ParamSpec
+from selffl_ray.training import Stack, Trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialConfig(AveragingConfig):
+    """Options of every method that keeps a part of the model at the clients."""
+
+    fine_tune: FineTuneConfig = field(default_factory=lambda: FineTuneConfig(steps=0))
+    """Further steps on the own part before a client predicts; none by default."""
+
+
+class OwnPart(NamedTuple):
+    """State: the coordinates that a client keeps to itself (C, H)."""
+
+    params_CH: Tensor
+
+
+def last_layers(spec: ParamSpec, count: int, option: str) -> Tensor:
+    """(P,) bool: the coordinates of the last ``count`` layers.
+
+    Raises:
+        ConfigError: fewer than none, or more than the model has; ``option`` is named.
+    """
+    if not 0 <= count <= len(spec.layers):
+        raise ConfigError(
+            f"method.{option} must lie in 0 .. {len(spec.layers)} (the model's layers: "
+            f"{', '.join(spec.layers)}), got {count}"
+        )
+    return spec.mask(spec.layers[len(spec.layers) - count :])
+
+
+def join(own_P: Tensor, own_CH: Tensor, shared_P: FlatParams) -> Tensor:
+    """Whole models (C, P): the clients' own coordinates where ``own_P``, the shared ones else."""
+    whole_CP = shared_P.expand(len(own_CH), -1).clone()
+    whole_CP[:, own_P] = own_CH
+    return whole_CP
+
+
+def partly_shared(
+    config: PartialConfig,
+    federation: Federation,
+    own_P: Tensor,
+    train: Callable[[Stack, Tensor], Trained],
+) -> Algorithm:
+    """An averaging method in which each client keeps its own part of the model.
+
+    Args:
+        own_P: (P,) bool, the coordinates that stay at the client.
+        train: (stack, start (C, P)) -> trained rows of whole models.
+    """
+    num_shared = int((~own_P).sum())
+    own_P = own_P.clone()
+
+    def local_update(shared: Global, per_client: Empty, state: OwnPart, stack: Stack) -> Local:
+        trained = train(stack, join(own_P, state.params_CH, shared.params_P))
+        own = OwnPart(trained.params_CP[:, own_P])
+        upload = Upload(trained.params_CP)
+        return Local(own, upload, Empty(), trained.loss_C, trained.num_steps_C)
+
+    def personalize(shared: Global, per_client: Any, state: OwnPart, stack: Stack) -> Personal:
+        start_CP = join(own_P, state.params_CH, shared.params_P)
+        return fine_tune(config.fine_tune, stack, start_CP, trainable=own_P)
+
+    return replace(
+        fedavg(config, federation),
+        local_update=local_update,
+        init_client=lambda params_P, count: OwnPart(params_P[own_P].expand(count, -1)),
+        personalize=personalize,
+        traffic=lambda plan: Traffic(num_shared, num_shared),
+        cautions=_cautions(own_P),
+    )
+
+
+def _cautions(own_P: Tensor) -> tuple[str, ...]:
+    if bool(own_P.all()):
+        return ("every layer stays at the clients: nothing is shared, this is local training",)
+    if not bool(own_P.any()):
+        return ("every layer is shared: this is FedAvg",)
+    return ()
