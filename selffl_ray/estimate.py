@@ -64,7 +64,8 @@ def estimate_sweep(plan: SweepPlan, cpus: float) -> list[str]:
     more = ""
     if sweep.confirm is not None:
         best, seeds = sweep.confirm.top, len(sweep.confirm.seeds)
-        more = f"; then {best} configurations with {seeds} fresh seeds (and the reference)"
+        of = "".join(f" of each {key}" for key in (*sweep.within, *sweep.confirm.per))
+        more = f"; then the best {best}{of} with {seeds} fresh seeds (and the reference)"
     return [
         f"{suggestions} {'suggestions' if searched else 'configurations'} x {len(sweep.seeds)} "
         f"seeds = {count} trials, "

@@ -130,6 +130,9 @@ class ConfirmConfig:
     seeds: tuple[int, ...]
     top: int = 3
     """So many configurations."""
+    per: tuple[str, ...] = ()
+    """Keys of the space, as method: the best of each of their values are confirmed, and the
+    reference's group is compared with the others by its own best."""
 
     def __post_init__(self) -> None:
         if self.top < 1:
@@ -281,12 +284,14 @@ def configurations(sweep: SweepConfig, folder: Path) -> list[Configuration]:
             "the space, or raise the budget"
         )
     short = short_keys([key for settings in found.values() for key in settings])
-    for key in sweep.within:
-        if not all(key in settings for settings in found.values()):
-            raise ConfigError(
-                f"within: {key} is not set by every configuration of the space, so they cannot be "
-                "told apart by it"
-            )
+    per = sweep.confirm.per if sweep.confirm is not None else ()
+    for name, keys in (("within", sweep.within), ("confirm.per", per)):
+        for key in keys:
+            if not all(key in settings for settings in found.values()):
+                raise ConfigError(
+                    f"{name}: {key} is not set by every configuration of the space, so they "
+                    "cannot be told apart by it"
+                )
     return [labelled(sweep, n, settings, short) for n, settings in enumerate(found.values())]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from selffl_ray.sweep import Trial
+from selffl_ray.sweep import Configuration, Trial
 
 CONFIDENCE = 0.95
 ENDED = "ended.json"
@@ -133,6 +133,46 @@ def _rank_scene(rows: pd.DataFrame, metric: str, mode: str, reference: int) -> l
             )
         )
     return found
+
+
+class Finals(NamedTuple):
+    """What is confirmed: configurations, and by scene the number of the one to compare with."""
+
+    chosen: tuple[Configuration, ...]
+    references: Mapping[str, int]
+
+
+def finals(
+    ranking: Sequence[Ranked],
+    chosen: Sequence[Configuration],
+    references: Mapping[str, Configuration],
+    *,
+    top: int,
+    per: Sequence[str],
+) -> Finals:
+    """The best of every scene and group, and the scene's reference.
+
+    Args:
+        per: keys whose values make the groups. With them the best of the reference's group takes
+            the reference's place, so that a tuned method is compared with tuned ones.
+    """
+    by_number = {one.number: one for one in chosen}
+    best: list[Configuration] = []
+    compared: dict[str, int] = {}
+    for scene, reference in references.items():
+        groups: dict[str, list[Configuration]] = {}
+        for one in (by_number[r.configuration] for r in ranking if r.scene == scene):
+            groups.setdefault(_group(one, per), []).append(one)
+        for group in groups.values():
+            best += group[:top]
+        own = groups.get(_group(reference, per), []) if per else []
+        compared[scene] = own[0].number if own else reference.number
+        best += [reference] if not own and reference not in best else []
+    return Finals(tuple(best), compared)
+
+
+def _group(one: Configuration, per: Sequence[str]) -> str:
+    return json.dumps([one.settings[key] for key in per], sort_keys=True)
 
 
 def values_by_seed(rows: pd.DataFrame, metric: str) -> pd.DataFrame:

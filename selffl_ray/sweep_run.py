@@ -41,7 +41,7 @@ from selffl_ray.sweep_plan import (
     plan_sweep,
 )
 from selffl_ray.sweep_progress import StageProgress, Watch
-from selffl_ray.sweep_results import Ranked, markdown, rank, trial_rows
+from selffl_ray.sweep_results import Ranked, finals, markdown, rank, trial_rows
 from selffl_ray.sweep_search import Search, values_to_tell
 from selffl_ray.tables import write_json, write_text
 from selffl_ray.tracking import close_sweep, open_sweep, resolve_uri
@@ -150,14 +150,21 @@ class _Sweep:
         select = self._select if sweep.searcher.name == "variants" else self._search
         chosen, selected, complete = select()
         rows = {"select": selected}
-        ranking = self._write(selected, "select")
+        references = {scene: one.number for scene, one in self._plan.references.items()}
+        ranking = self._write(selected, "select", references)
         if sweep.confirm is not None and complete and not ranking:
             self._say("nothing is confirmed: no configuration has finished with all of its seeds")
         if sweep.confirm is not None and complete and ranking:
-            best = self._finalists(ranking, chosen)
-            stage = plan_confirmation(sweep, best, self._nodes)
+            best = finals(
+                ranking,
+                chosen,
+                self._plan.references,
+                top=sweep.confirm.top,
+                per=sweep.confirm.per,
+            )
+            stage = plan_confirmation(sweep, best.chosen, self._nodes)
             rows["confirm"] = self._run_stage(stage)
-            ranking = self._write(rows["confirm"], "confirm")
+            ranking = self._write(rows["confirm"], "confirm", best.references)
             complete = _complete(rows["confirm"], stage.scheduler)
         failed = sum(int((r["status"] == "FAILED").sum()) for r in rows.values())
         result = SweepResult(
@@ -188,19 +195,6 @@ class _Sweep:
         found = search.configurations
         whole = trials(sweep, found, sweep.seeds, Path.cwd(), open_test=sweep.open_test)
         return found, trial_rows(whole, self._folder / "trials"), not search.left
-
-    def _finalists(
-        self, ranking: Sequence[Ranked], chosen: Sequence[Configuration]
-    ) -> list[Configuration]:
-        """The best of every scene, and its reference."""
-        assert self._sweep.confirm is not None
-        by_number = {one.number: one for one in chosen}
-        best: list[Configuration] = []
-        for scene, reference in self._plan.references.items():
-            own = [by_number[r.configuration] for r in ranking if r.scene == scene]
-            best += own[: self._sweep.confirm.top]
-            best += [reference] if reference not in best else []
-        return best
 
     def _run_stage(
         self, stage: Stage, progress: StageProgress | None = None, later: int = 0
@@ -287,10 +281,9 @@ class _Sweep:
 
     # -- results --------------------------------------------------------------------------------
 
-    def _write(self, rows: pd.DataFrame, stage: str) -> list[Ranked]:
+    def _write(self, rows: pd.DataFrame, stage: str, references: Mapping[str, int]) -> list[Ranked]:
         sweep = self._sweep
         name = "results" if stage == "select" else stage
-        references = {scene: one.number for scene, one in self._plan.references.items()}
         write_text(self._folder / f"{name}.csv", rows.to_csv(index=False))
         text = markdown(
             rows,

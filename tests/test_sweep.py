@@ -216,6 +216,11 @@ def test_a_trial_reserves_its_cpus_for_its_driver_and_its_client_actors(tmp_path
             {"base": {"seed": 3}},
             "base.seed: seeds pair the configurations",
         ),
+        (
+            {"method.kappa": [0.5]},
+            {"confirm": {"seeds": [9], "per": ["method"]}},
+            "confirm.per: method is not set by every configuration of the space",
+        ),
     ],
 )
 def test_a_wrong_sweep_is_one_line_before_anything_starts(space, more, message, tmp_path):

@@ -10,8 +10,9 @@ import pytest
 from scipy import stats
 
 from selffl_ray.console import ranking_table, sweep_line
+from selffl_ray.sweep import Configuration
 from selffl_ray.sweep_progress import SweepProgress
-from selffl_ray.sweep_results import Interval, interval, markdown, rank, shown
+from selffl_ray.sweep_results import Finals, Interval, finals, interval, markdown, rank, shown
 
 METRIC = "val/local_accuracy"
 ZERO = {"": 0}
@@ -83,6 +84,44 @@ def test_what_is_not_told_from_the_best_is_level_with_it():
 def test_the_smallest_comes_first_where_less_is_better_and_ties_keep_the_order():
     values = {0: {0: 0.2}, 1: {0: 0.1}, 2: {0: 0.1}}
     assert [r.configuration for r in rank(rows_of(values), METRIC, "min", ZERO)] == [1, 2, 0]
+
+
+def groups_of(*methods, scene=""):
+    """A configuration each, numbered in order."""
+    return [
+        Configuration(n, {"method": m, "training.learning_rate": n}, f"c{n}", scene)
+        for n, m in enumerate(methods)
+    ]
+
+
+def test_the_best_of_every_group_is_confirmed_and_compared_with_the_best_of_the_references():
+    values = {0: {0: 0.5}, 1: {0: 0.6}, 2: {0: 0.9}, 3: {0: 0.7}, 4: {0: 0.8}}
+    chosen = groups_of("a", {"name": "b", "p": 1}, "a", {"name": "b", "p": 1}, {"name": "b"})
+    ranking = rank(rows_of(values), METRIC, "max", ZERO)
+    found = finals(ranking, chosen, {"": chosen[1]}, top=1, per=["method"])
+    assert [c.number for c in found.chosen] == [2, 4, 3]
+    assert found.references == {"": 3}
+    whole = finals(ranking, chosen, {"": chosen[1]}, top=2, per=())
+    assert whole == Finals((chosen[2], chosen[4], chosen[1]), {"": 1})
+
+
+def test_a_reference_whose_group_was_not_ranked_is_confirmed_all_the_same():
+    chosen = groups_of("a", "b")
+    ranking = rank(rows_of({0: {0: 0.5}, 1: {0: 0.6}}, {(1, 0): "FAILED"}), METRIC, "max", ZERO)
+    found = finals(ranking, chosen, {"": chosen[1]}, top=1, per=["method"])
+    assert [c.number for c in found.chosen] == [0, 1]
+    assert found.references == {"": 1}
+
+
+def test_groups_are_confirmed_within_their_scene():
+    here, there = groups_of("a", "b", scene="x"), groups_of("a", "b", scene="y")
+    moved = [Configuration(c.number + 2, c.settings, c.label, c.scene) for c in there]
+    rows = rows_of({0: {0: 0.5}, 1: {0: 0.6}, 2: {0: 0.1}, 3: {0: 0.2}})
+    rows["scene"] = ["x", "x", "y", "y"]
+    references = {"x": here[0], "y": moved[0]}
+    ranking = rank(rows, METRIC, "max", {"x": 0, "y": 2})
+    found = finals(ranking, [*here, *moved], references, top=1, per=["method"])
+    assert [c.number for c in found.chosen] == [1, 0, 3, 2]
 
 
 def test_a_configuration_without_all_its_seeds_is_not_ranked_but_told():

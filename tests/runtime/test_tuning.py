@@ -61,7 +61,7 @@ base:
 space:
   method.kappa: [1.0, 0.5]
 seeds: [0, 1]
-confirm: {top: 1, seeds: [2]}
+confirm: {top: 1, per: [method.kappa], seeds: [2]}
 """
 
 
