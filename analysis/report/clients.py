@@ -70,7 +70,7 @@ def distribution(scores: ByClient, *, natural: bool) -> Floats:
     return np.concatenate([values.to_numpy(np.float64) for values in scores.values()])
 
 
-def client_differences(own: ByClient, other: ByClient) -> dict[PairKey, pd.Series[float]]:
+def client_differences(own: ByClient, other: ByClient) -> dict[PairKey, pd.Series]:
     """Own minus other of the clients that both have, for every run with the same pair key."""
     parts = {}
     for key in own:
