@@ -222,8 +222,8 @@ def _families(scenes: Sequence[Scene], compared: Sequence[Compared]) -> Iterator
     decided = sum(own.standing in ("ahead", "level", "behind") for own in compared)
     many = " or ".join(map(str, counts))
     yield (
-        f"Holm's correction is over the baselines ({many}) of a reference in a scene. Intervals are "
-        f"not corrected: of {decided} comparisons about {0.05 * decided:.2g} would be called "
+        f"Holm's correction is over the baselines ({many}) of a reference in a scene. Intervals are"
+        f" not corrected: of {decided} comparisons about {0.05 * decided:.2g} would be called "
         "ahead or behind if all methods were equal."
     )
     if any(len(scene.references) > 1 for scene in scenes):
