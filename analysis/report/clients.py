@@ -18,21 +18,29 @@ ByClient = Mapping[PairKey, "pd.Series[float]"]
 """Score of the personalized model by client id, of each run."""
 
 
-def client_scores(table: pd.DataFrame | None, run: RunNumbers, split: str) -> pd.Series | None:
-    """The personalized score of each client at the end: mean over the final rounds.
+ByTable = Mapping[PairKey, pd.DataFrame]
+"""What :func:`client_table` gives, of each run."""
+
+
+def client_table(table: pd.DataFrame | None, run: RunNumbers, split: str) -> pd.DataFrame | None:
+    """What each client has at the end: means over the final rounds.
 
     Args:
         table: the run's ``clients.parquet``.
 
     Returns:
-        A series indexed by client id, ascending; None if the table does not have them.
+        Columns ``local`` (score of the personalized model), ``global`` (of the server's model on
+        the client's examples; NaN without one) and ``num_examples``, by client id, ascending; None
+        if the table does not have the first.
     """
-    column = f"local_{run.score}"
-    if table is None or column not in table:
+    names = {f"local_{run.score}": "local", f"global_{run.score}": "global"}
+    if table is None or f"local_{run.score}" not in table:
         return None
     rows = table[(table["split"] == split) & table["round_index"].isin(run.last_rounds())]
-    found = rows.groupby("client_id")[column].mean().dropna().sort_index()
-    return None if found.empty else found
+    wanted = [name for name in (*names, "num_examples") if name in rows]
+    found = rows.groupby("client_id")[wanted].mean().rename(columns=names).sort_index()
+    found = found.dropna(subset=["local"])
+    return None if found.empty else found.reindex(columns=[*names.values(), "num_examples"])
 
 
 def harmed(own: pd.Series, other: pd.Series, better: int) -> float | None:
@@ -62,6 +70,16 @@ def distribution(scores: ByClient, *, natural: bool) -> Floats:
     return np.concatenate([values.to_numpy(np.float64) for values in scores.values()])
 
 
+def client_differences(own: ByClient, other: ByClient) -> dict[PairKey, pd.Series]:
+    """Own minus other of the clients that both have, for every run with the same pair key."""
+    parts = {}
+    for key in own:
+        if key in other:
+            both = pd.concat([own[key], other[key]], axis=1, join="inner")
+            parts[key] = (both.iloc[:, 0] - both.iloc[:, 1]).rename(str(key.seed))
+    return {key: part for key, part in parts.items() if len(part)}
+
+
 @dataclass(frozen=True)
 class ClientComparison:
     """Two rows, client by client.
@@ -82,12 +100,7 @@ def compare_clients(
     own: ByClient, other: ByClient, better: int, *, natural: bool
 ) -> ClientComparison | None:
     """Own against other over the runs with the same pair key; None if there is none."""
-    parts = {}
-    for key in own:
-        if key in other:
-            both = pd.concat([own[key], other[key]], axis=1, join="inner")
-            parts[key] = (both.iloc[:, 0] - both.iloc[:, 1]).rename(str(key.seed))
-    parts = {key: part for key, part in parts.items() if len(part)}
+    parts = client_differences(own, other)
     if not parts:
         return None
     each = distribution(parts, natural=natural)

@@ -25,7 +25,8 @@ def _about(summary: Summary, row: str) -> dict[str, Any]:
     return {"data": summary.section.title, "stage": summary.section.stage, "row": row}
 
 
-def _ends(interval: Interval | None) -> dict[str, Any]:
+def ends(interval: Interval | None) -> dict[str, Any]:
+    """An interval's columns; empty ones where nothing was measured."""
     if interval is None:
         return {"mean": None, "half_width": None, "low": None, "high": None, "num_seeds": 0}
     return {
@@ -47,7 +48,7 @@ def _table(summary: Summary) -> Iterator[dict[str, Any]]:
                     **_about(summary, row.label),
                     "metric": measure.metric,
                     "round": "selected",
-                    **_ends(t_interval(values)),
+                    **ends(t_interval(values)),
                     "bold": False,
                     "reason": None,
                 }
@@ -59,7 +60,7 @@ def _final(summary: Summary, row: RowSummary, measure: Measure, bold: bool) -> d
         **_about(summary, row.label),
         "metric": measure.metric,
         "round": "final",
-        **_ends(interval),
+        **ends(interval),
         "bold": bold,
         "reason": measure.missing if interval is None else None,
     }
@@ -75,7 +76,7 @@ def difference_frame(summaries: Sequence[Summary]) -> pd.DataFrame:
             for metric, interval in both:
                 about = _about(summary, own.label)
                 reference = {"reference": summary.reference.label, "metric": metric}
-                lines.append(about | reference | _ends(interval))
+                lines.append(about | reference | ends(interval))
     return pd.DataFrame(lines)
 
 
@@ -98,7 +99,7 @@ def curve(row: RowSummary, metric: str) -> pd.DataFrame:
     if not series:
         return pd.DataFrame()
     common = sorted(set.intersection(*(set(own) for own in series)))
-    lines = [{"round_index": at} | _ends(t_interval([s[at] for s in series])) for at in common]
+    lines = [{"round_index": at} | ends(t_interval([s[at] for s in series])) for at in common]
     return pd.DataFrame(lines)
 
 

@@ -72,14 +72,19 @@ class Section:
         return own and len({run.tags["data_digest"] for run in runs}) == 1
 
 
-def sections(runs: Sequence[StoredRun]) -> list[Section]:
-    """All sections, confirmed results first; ``runs`` are newest first."""
+def sections(runs: Sequence[StoredRun], apart: tuple[str, ...] = SECTION_PARAMS) -> list[Section]:
+    """All sections, confirmed results first.
+
+    Args:
+        runs: newest first.
+        apart: beginnings of the parameters that runs of one section have in common.
+    """
     parts: dict[tuple[Hashable, ...], list[StoredRun]] = defaultdict(list)
     for run in runs:
-        parts[_section_key(run)].append(run)
+        parts[_section_key(run, apart)].append(run)
     split = [part for same in parts.values() for part in _by_data(same)]
     split.sort(key=lambda part: (_stage(part[0]), part[0].tags["dataset"]))
-    names = _distinct_names(split)
+    names = _distinct_names(split, apart)
     return [_section(part, name) for part, name in zip(split, names, strict=True)]
 
 
@@ -87,13 +92,18 @@ def _stage(run: StoredRun) -> int:
     return STAGES.get(run.tags.get("stage", ""), len(STAGES))
 
 
-def _section_key(run: StoredRun) -> tuple[Hashable, ...]:
-    return run.tags.get("stage", ""), run.tags["dataset"], _values(run, SECTION_PARAMS)
+def _section_key(run: StoredRun, apart: tuple[str, ...]) -> tuple[Hashable, ...]:
+    return run.tags.get("stage", ""), run.tags["dataset"], _values(run, apart)
 
 
 def _values(run: StoredRun, prefixes: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     names = sorted(k for k in run.params if k.startswith(prefixes) and k not in IGNORED)
     return tuple((name, run.params[name]) for name in names)
+
+
+def options(run: StoredRun) -> dict[str, str]:
+    """The parameters that make a row: what two runs of one row have in common."""
+    return dict(_values(run, ROW_PARAMS))
 
 
 def _by_data(runs: Sequence[StoredRun]) -> list[list[StoredRun]]:
@@ -109,14 +119,14 @@ def _by_data(runs: Sequence[StoredRun]) -> list[list[StoredRun]]:
     return list(parts.values())
 
 
-def _distinct_names(parts: Sequence[Sequence[StoredRun]]) -> list[str]:
+def _distinct_names(parts: Sequence[Sequence[StoredRun]], apart: tuple[str, ...]) -> list[str]:
     """The data set's name, with what tells two parts of one data set and stage apart."""
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for at, part in enumerate(parts):
         groups[part[0].tags.get("stage", ""), part[0].tags["dataset"]].append(at)
     names = [part[0].tags["dataset"] for part in parts]
     for members in groups.values():
-        values = [dict(_values(parts[at][0], SECTION_PARAMS)) for at in members]
+        values = [dict(_values(parts[at][0], apart)) for at in members]
         marks = differences(values)
         for at, mark in zip(members, marks, strict=True):
             told = [mark] if mark else []
@@ -175,7 +185,7 @@ def _labels(runs: Sequence[StoredRun]) -> list[str]:
     labels = [_label(run) for run in runs]
     for label in set(labels):
         members = [at for at, own in enumerate(labels) if own == label]
-        marks = differences([dict(_values(runs[at], ROW_PARAMS)) for at in members])
+        marks = differences([options(runs[at]) for at in members])
         for at, mark in zip(members, marks, strict=True):
             labels[at] = f"{label} ({mark})" if mark else label
     return labels

@@ -45,8 +45,8 @@ def scores_table(summary: Summary) -> Table:
         name(summary, "scores"),
         heading(summary, "Scores"),
         summary.split,
-        ("method", *(_title(m) for m in measures)),
-        _rows(summary, measures),
+        ("method", *(column_title(m) for m in measures)),
+        score_rows(summary, measures),
         tuple(score_notes(summary, measures)),
     )
 
@@ -58,17 +58,19 @@ def cost_table(summary: Summary) -> Table:
         name(summary, "cost"),
         heading(summary, "Cost of one run"),
         "",
-        ("method", *(_title(m) for m in measures)),
-        _rows(summary, measures),
+        ("method", *(column_title(m) for m in measures)),
+        score_rows(summary, measures),
         tuple(cost_notes(summary)),
     )
 
 
-def _title(measure: Measure) -> str:
+def column_title(measure: Measure) -> str:
+    """A column's title with its unit."""
     return f"{measure.title} (%)" if measure.unit == "percent" else measure.title
 
 
-def _rows(summary: Summary, measures: Sequence[Measure]) -> tuple[tuple[Cell, ...], ...]:
+def score_rows(summary: Summary, measures: Sequence[Measure]) -> tuple[tuple[Cell, ...], ...]:
+    """A row's label and a mean with its half-width for every column."""
     columns = [
         _cells([row.mean(m.metric) for row in summary.rows], m, summary.ranking(m).bold)
         for m in measures
@@ -109,7 +111,7 @@ def selected_table(summary: Summary) -> Table:
         (_label(row), Cell(_selected_rounds(row)), *(column[at] for column in columns))
         for at, row in enumerate(summary.rows)
     )
-    titles = [f"{_title(m)}, {which}" for m in measures for which in ("selected", "final")]
+    titles = [f"{column_title(m)}, {which}" for m in measures for which in ("selected", "final")]
     notes = [
         "The round is selected in each run by the best val/local score, the first on a tie; "
         "rounds are counted from 1, one number for each seed.",

@@ -21,18 +21,19 @@ def named(labels: Sequence[str]) -> str:
 def score_notes(summary: Summary, measures: Sequence[Measure]) -> list[str]:
     """Footnotes of the table of scores."""
     return [
-        *_what(summary),
-        *_bold(summary, measures),
-        *_seeds(summary),
-        *_partitions(summary),
+        *what_notes(summary),
+        *bold_notes(summary, measures),
+        *seed_notes(summary),
+        *partition_notes(summary),
         *_columns(summary, measures),
-        *_absent(summary, measures),
-        *_budget(summary),
-        *_rounds_and_versions(summary),
+        *absent_notes(summary, measures),
+        *budget_notes(summary),
+        *run_notes(summary),
     ]
 
 
-def _what(summary: Summary) -> Iterable[str]:
+def what_notes(summary: Summary) -> Iterable[str]:
+    """Which data, which unit, which interval, what was left out."""
     seeds = ", ".join(map(str, summary.seeds))
     clients = " or ".join(map(str, summary.num_clients))
     unit = "percent" if summary.score == "accuracy" else "squared error, lower is better"
@@ -52,7 +53,8 @@ def _what(summary: Summary) -> Iterable[str]:
         yield f"Left out: {summary.section.older} runs with a newer one of the same row and seed."
 
 
-def _bold(summary: Summary, measures: Sequence[Measure]) -> Iterable[str]:
+def bold_notes(summary: Summary, measures: Sequence[Measure]) -> Iterable[str]:
+    """What bold means here."""
     rankings = [summary.ranking(m) for m in measures]
     if not any(any(r.bold) for r in rankings):
         yield "Nothing is bold: no two rows share two seeds on the same data and partition."
@@ -70,7 +72,7 @@ def _bold(summary: Summary, measures: Sequence[Measure]) -> Iterable[str]:
         )
 
 
-def _seeds(summary: Summary) -> Iterable[str]:
+def seed_notes(summary: Summary) -> Iterable[str]:
     """Rows that lack seeds which others have."""
     partial = [row for row in summary.rows if row.seeds != summary.seeds]
     if partial:
@@ -78,7 +80,8 @@ def _seeds(summary: Summary) -> Iterable[str]:
         yield f"Fewer seeds, so their means are not over the same runs: {named(told)}."
 
 
-def _partitions(summary: Summary) -> Iterable[str]:
+def partition_notes(summary: Summary) -> Iterable[str]:
+    """Seeds that were dealt in more than one way."""
     for seed, groups in summary.other_partitions().items():
         told = " | ".join(named(labels) for labels in groups)
         yield (
@@ -106,7 +109,7 @@ def _columns(summary: Summary, measures: Sequence[Measure]) -> Iterable[str]:
         yield "new clients: held out from training, adapted to, and tested."
 
 
-def _absent(summary: Summary, measures: Sequence[Measure]) -> Iterable[str]:
+def absent_notes(summary: Summary, measures: Sequence[Measure]) -> Iterable[str]:
     """Why cells are n/a, and means that lack some of a row's runs."""
     reasons: dict[str, list[str]] = {}
     for measure in measures:
@@ -128,22 +131,26 @@ def _reason(measure: Measure, row: RowSummary) -> str:
     return measure.missing
 
 
-def _budget(summary: Summary) -> Iterable[str]:
-    steps = {row.label: i.mean for row in summary.rows if (i := row.mean("cost/total_steps"))}
+def budget_notes(
+    summary: Summary, metric: str = "cost/total_steps", what: str = "gradient steps"
+) -> Iterable[str]:
+    """Whether all rows spent the same."""
+    steps = {row.label: i.mean for row in summary.rows if (i := row.mean(metric))}
     if not steps:
-        yield "Budget: gradient steps were not recorded."
+        yield f"Budget: {what} were not recorded."
         return
-    if (unequal := summary.unequal_steps()) is None:
-        yield f"Budget: {number(next(iter(steps.values())), 0)} gradient steps, equal within 5 %."
+    if (unequal := summary.unequal_steps(metric)) is None:
+        yield f"Budget: {number(next(iter(steps.values())), 0)} {what}, equal within 5 %."
         return
     least, most = (min(steps, key=steps.__getitem__), max(steps, key=steps.__getitem__))
     yield (
-        f"UNEQUAL BUDGETS: {number(unequal[0], 0)} gradient steps ({least}) to "
+        f"UNEQUAL BUDGETS: {number(unequal[0], 0)} {what} ({least}) to "
         f"{number(unequal[1], 0)} ({most}); more of them help, whatever the method."
     )
 
 
-def _rounds_and_versions(summary: Summary) -> Iterable[str]:
+def run_notes(summary: Summary) -> Iterable[str]:
+    """Over how many evaluations the scores are means, and versions that differ."""
     runs = [n.run for row in summary.rows for n in row.numbers]
     last = sorted({run.params.get("evaluation.last", "1") for run in runs})
     if last != ["1"]:
@@ -162,7 +169,7 @@ def cost_notes(summary: Summary) -> list[str]:
         "together; not what Ray moves.",
         "seconds: training and evaluation, without start-up; they depend on the machine and on "
         "what else it did, so compare them only within one machine.",
-        *_absent(summary, summary.costs()),
+        *absent_notes(summary, summary.costs()),
     ]
     if len(summary.seeds) > 1:
         notes.insert(0, "Mean ± half-width of the 95 % t interval over seeds.")

@@ -4,8 +4,10 @@
 ``evaluation.last`` evaluated rounds) plus what the report derives:
 
 ``cost/rounds``           rounds done
-``cost/total_steps``      gradient steps of training and of the last personalization
-``cost/total_bytes_up``, ``_down``  bytes over all rounds
+``cost/training_steps``   gradient steps of training, all clients and rounds
+``cost/readout_steps``    gradient steps of the last personalization, all clients
+``cost/total_steps``      both together
+``cost/total_bytes_up``, ``_down``, ``cost/total_bytes``  bytes over all rounds; both ways
 ``cost/seconds``          training and evaluation, all rounds, without start-up
 ``<split>/clients_harmed_vs_local``, ``_vs_fedavg``  added by :mod:`analysis.report.clients`
 """
@@ -102,10 +104,15 @@ def _costs(series: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
     if steps := series.get("cost/gradient_steps"):
         readout = series.get("cost/personalization_steps") or {0: 0.0}
         # The first counts on from round to round; the second is that of one evaluation.
+        found["cost/training_steps"] = steps[max(steps)]
+        found["cost/readout_steps"] = readout[max(readout)]
         found["cost/total_steps"] = steps[max(steps)] + readout[max(readout)]
     for way in ("up", "down"):
         if sent := series.get(f"comm/bytes_{way}"):
             found[f"cost/total_bytes_{way}"] = sum(sent.values())
+    ways = ("cost/total_bytes_up", "cost/total_bytes_down")
+    if all(way in found for way in ways):
+        found["cost/total_bytes"] = sum(found[way] for way in ways)
     if spent := series.get("time/round_s"):
         found["cost/seconds"] = sum(spent.values()) + sum(series.get("time/eval_s", {}).values())
     return found

@@ -67,13 +67,16 @@ def t_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, _quantile(num - 1) * float(np.std(values, ddof=1)) / math.sqrt(num), num)
 
 
+def paired_differences(own: Values, other: Values) -> dict[Any, float]:
+    """Own minus other for every key that both have; rounding errors of equal numbers are 0."""
+    raw = {key: own[key] - other[key] for key in own if key in other}
+    return {key: 0.0 if abs(d) < NOISE else d for key, d in raw.items()}
+
+
 def paired(own: Values, other: Values) -> Interval | None:
     """The interval of own minus other over the keys that both have; None if there is none."""
-    common = [key for key in own if key in other]
-    if not common:
-        return None
-    raw = [own[key] - other[key] for key in common]
-    return t_interval([0.0 if abs(d) < NOISE else d for d in raw])
+    found = paired_differences(own, other)
+    return t_interval(list(found.values())) if found else None
 
 
 class Ranking(NamedTuple):

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from analysis.report.clients import (
     ByClient,
+    ByTable,
     ClientComparison,
-    client_scores,
+    client_table,
     compare_clients,
     harmed_by_run,
 )
@@ -29,11 +31,16 @@ UNEQUAL = 1.05
 
 @dataclass(frozen=True, eq=False)
 class RowSummary:
-    """A row: its runs' numbers in the order of seeds, and its clients' scores."""
+    """A row: its runs' numbers in the order of seeds, and its clients' scores.
+
+    clients: of the section's split; new: clients that never trained, where they were scored.
+    """
 
     row: Row
     numbers: tuple[RunNumbers, ...]
     clients: ByClient
+    tables: ByTable
+    new: ByTable
     harmed: Mapping[str, Mapping[PairKey, float]]
 
     @property
@@ -133,9 +140,9 @@ class Summary:
             return Ranking(None, (False,) * len(self.rows), ())
         return rank([row.values(measure.metric) for row in self.rows], measure.better)
 
-    def unequal_steps(self) -> tuple[float, float] | None:
+    def unequal_steps(self, metric: str = "cost/total_steps") -> tuple[float, float] | None:
         """Least and most gradient steps, if they differ by more than 5 %."""
-        found = [row.mean("cost/total_steps") for row in self.rows]
+        found = [row.mean(metric) for row in self.rows]
         means = [interval.mean for interval in found if interval is not None]
         if not means or max(means) <= UNEQUAL * min(means):
             return None
@@ -192,10 +199,16 @@ def summarize(store: Store, section: Section, reference: str | None) -> Summary:
     """
     read = {row: tuple(read_numbers(store, run) for run in row.runs) for row in section.rows}
     split, score = _what_was_measured([n for own in read.values() for n in own], section)
-    clients = {row: _clients(store, own, split) for row, own in read.items()}
+    tables, new, clients = {}, {}, {}
+    for row, own in read.items():
+        tables[row], new[row] = _tables(store, own, (split, "new"))
+        clients[row] = {key: table["local"] for key, table in tables[row].items()}
     better = 1 if score == "accuracy" else -1
     harm = _harmed(clients, split, better)
-    rows = [RowSummary(row, own, clients[row], harm[row]) for row, own in read.items()]
+    rows = [
+        RowSummary(row, own, clients[row], tables[row], new[row], harm[row])
+        for row, own in read.items()
+    ]
     local = f"{split}/local_{score}"
     rows.sort(key=lambda row: _place(row.mean(local), better))
     return Summary(section, split, score, tuple(rows), _reference(rows, reference))
@@ -214,9 +227,18 @@ def _what_was_measured(numbers: Sequence[RunNumbers], section: Section) -> tuple
     return ("test" if tested else "val"), score
 
 
-def _clients(store: Store, runs: Sequence[RunNumbers], split: str) -> ByClient:
-    found = {own.key: client_scores(store.clients(own.run), own, split) for own in runs}
-    return {key: scores for key, scores in found.items() if scores is not None}
+def _tables(
+    store: Store, runs: Sequence[RunNumbers], splits: Sequence[str]
+) -> list[dict[PairKey, pd.DataFrame]]:
+    """Each split's tables of clients; the artifact is fetched once."""
+    found: list[dict[PairKey, pd.DataFrame]] = [{} for _ in splits]
+    for own in runs:
+        whole = store.clients(own.run)
+        for split, by_key in zip(splits, found, strict=True):
+            table = client_table(whole, own, split)
+            if table is not None:
+                by_key[own.key] = table
+    return found
 
 
 def _harmed(

@@ -23,7 +23,8 @@ class Made:
     """One run: what it is called and what it measured.
 
     local: score of each client after the last round; lower by ``rise`` at the earlier evaluation;
-    splits: what is scored, ``val`` like ``test`` but lower by 0.01.
+    splits: what is scored, ``val`` like ``test`` but lower by 0.01; new: score of each client that
+    never trained; sizes: examples of each client, 10 by default.
     """
 
     label: str
@@ -31,6 +32,8 @@ class Made:
     local: Sequence[float]
     method: str = ""
     global_: float | None = 0.8
+    new: Sequence[float] = ()
+    sizes: Sequence[int] = ()
     rise: float = 0.1
     splits: Sequence[str] = ("val", "test")
     score: str = "accuracy"
@@ -121,6 +124,8 @@ def _metrics(made: Made) -> list[Metric]:
             values |= {"time/eval_s": 0.25, "cost/personalization_steps": 10.0 * (at + 1)}
             for split in made.splits:
                 values |= _scores(made, at, split)
+            if made.new:
+                values[f"new/local_{made.score}"] = float(np.mean(made.new))
         found += [Metric(name, value, 0, at) for name, value in values.items()]
     return found
 
@@ -132,12 +137,13 @@ def _local(made: Made, at: int, split: str) -> np.ndarray:
 
 def _scores(made: Made, at: int, split: str) -> dict[str, float]:
     local, name = _local(made, at, split), f"{split}/local_{made.score}"
+    worst, best = (local.min(), local.max())[:: 1 if made.score == "accuracy" else -1]
     found = {
-        name: local.mean(),
+        name: np.average(local, weights=made.sizes or None),
         f"{name}_mean": local.mean(),
         f"{name}_std": local.std(),
-        f"{name}_worst10": local.min(),
-        f"{name}_best10": local.max(),
+        f"{name}_worst10": worst,
+        f"{name}_best10": best,
     }
     if made.global_ is not None:
         found[f"{split}/global_{made.score}"] = made.global_
@@ -152,12 +158,26 @@ def _clients(made: Made) -> pd.DataFrame:
                 "round_index": at,
                 "client_id": CLIENTS[: len(made.local)],
                 "split": split,
-                "num_examples": 10,
+                "num_examples": made.sizes or 10,
                 f"global_{made.score}": made.global_,
                 f"local_{made.score}": _local(made, at, split),
             }
         )
         for at in ROUNDS
         for split in made.splits
+    ]
+    parts += [
+        pd.DataFrame(
+            {
+                "round_index": at,
+                "client_id": [f"new-{n}" for n in range(len(made.new))],
+                "split": "new",
+                "num_examples": 10,
+                f"global_{made.score}": made.global_,
+                f"local_{made.score}": made.new,
+            }
+        )
+        for at in ROUNDS
+        if made.new
     ]
     return pd.concat(parts, ignore_index=True)
