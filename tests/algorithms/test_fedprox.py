@@ -86,6 +86,15 @@ def test_without_a_pull_or_with_one_step_it_is_fedavg_bit_for_bit(method, traini
     assert any("FedAvg" in caution for caution in prepared.algorithm.cautions)
 
 
+@pytest.mark.parametrize("method", ["fedavg", "{name: fedprox, mu: 0}", "ditto", "scaffold"])
+def test_a_federation_of_one_client_is_plain_descent(method):
+    one = "data={name: gaussian, num_clients: 1, num_examples: [24], dimension: 3, inter_var: 4.0}"
+    finished = quadratics.run(method, 4, [one])
+    (y_P,) = quadratics.optima(finished)
+    expected = descend(np.zeros(3), lambda t: t - y_P, 4 * quadratics.STEPS)
+    np.testing.assert_allclose(quadratics.global_params(finished), expected, atol=1e-7)
+
+
 def test_every_option_changes_what_comes_out():
     runs = {
         name: quadratics.run(f"{{name: fedprox, {options}}}", 3)
