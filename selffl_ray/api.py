@@ -29,7 +29,7 @@ from selffl_ray.execution import run_in_thread, run_on_ray
 from selffl_ray.experiment import Prepared, prepare_experiment
 from selffl_ray.registry import Component, algorithms
 from selffl_ray.run_loop import run_digest, run_identity
-from selffl_ray.run_writer import Job
+from selffl_ray.run_writer import Job, check_one_configuration
 from selffl_ray.runtime.cluster import cluster, this_machine
 from selffl_ray.runtime.placement import PlacementPlan, plan_placement
 from selffl_ray.tracking import resolve_uri
@@ -203,6 +203,7 @@ def make_job(
 
 def _check_resumable(prepared: Prepared, folder: Path) -> None:
     """Before anything in the folder is touched: is it a run of this configuration?"""
+    check_one_configuration(folder, "go on with its sweep, selffl tune --resume")
     was = flatten(run_identity(load_config(folder / "config.yaml")))
     now = flatten(run_identity(prepared.config))
     if other := sorted(k for k in was.keys() | now.keys() if was.get(k) != now.get(k)):

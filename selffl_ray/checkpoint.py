@@ -105,6 +105,27 @@ def save_checkpoint(
     return target
 
 
+def copy_checkpoint(source: Path, folder: Path, run_digest: str) -> Path:
+    """The same state as the checkpoint of another run, that goes on from it with changed options.
+
+    Args:
+        source: a checkpoint; folder: the other run's ``checkpoints`` folder, without one.
+        run_digest: of the other run.
+
+    Raises:
+        CheckpointError: the source is missing, broken or of another schema.
+    """
+    head = check_checkpoint(source, _read_head(source)["run_digest"])
+    target = folder / source.name
+    target.mkdir(parents=True)
+    for name in head["files"]:
+        shutil.copyfile(source / name, target / name)
+    # Last: without it the folder is no checkpoint.
+    (target / "checkpoint.json").write_text(json.dumps(head | {"run_digest": run_digest}, indent=1))
+    _sync(target)
+    return target
+
+
 def _write_blocks(draft: Path, previous: Path | None, changed: Sequence[StateRows]) -> None:
     """Blocks with changed rows are written anew from the last checkpoint's; others are linked."""
     old = {} if previous is None else {f.name: f for f in previous.glob("clients_*.safetensors")}
@@ -160,6 +181,12 @@ def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run's ``checkpoints`` folder."""
     folders = _folders(folder)
     return folders[-1] if folders else None
+
+
+def rounds_done(folder: Path) -> int:
+    """Rounds of a run that its newest checkpoint holds; 0 without one."""
+    newest = latest_checkpoint(folder)
+    return 0 if newest is None else int(newest.name.removeprefix("round_")) + 1
 
 
 def load_checkpoint(path: Path, run_digest: str, server_like: Any, state_like: Any) -> Checkpoint:

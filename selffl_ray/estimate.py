@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from selffl_ray.console import duration, size
 from selffl_ray.experiment import Prepared
 from selffl_ray.gradients import RowEngine
 from selffl_ray.runtime.placement import ACTOR_BYTES, PlacementPlan
+from selffl_ray.sweep_mutation import legs, replaced
 from selffl_ray.sweep_plan import SweepPlan
 from selffl_ray.tasks import REGRESSION
 
@@ -58,7 +60,8 @@ def estimate_sweep(plan: SweepPlan, cpus: float) -> list[str]:
         if key not in step:
             step[key] = step_seconds(prepared)
         steps = min(num_steps(prepared), sweep.budget.gradient_steps or sys.maxsize)
-        seconds += len(sweep.seeds) * (steps * step[key] + TRIAL_START_S)
+        starts = len(legs(sweep.scheduler, prepared.config.training.num_rounds))
+        seconds += len(sweep.seeds) * (steps * step[key] + starts * TRIAL_START_S)
     seconds *= suggestions / len(plan.chosen)
     actors = 1 + max(len(p.actors) for p in plan.first.plans)
     more = ""
@@ -67,12 +70,40 @@ def estimate_sweep(plan: SweepPlan, cpus: float) -> list[str]:
         of = "".join(f" of each {key}" for key in (*sweep.within, *sweep.confirm.per))
         more = f"; then the best {best}{of} with {seeds} fresh seeds (and the reference)"
     return [
+        *scheduler_lines(plan),
         f"{suggestions} {'suggestions' if searched else 'configurations'} x {len(sweep.seeds)} "
         f"seeds = {count} trials, "
         f"{side_by_side} at once{more}",
         f"about {duration(seconds / side_by_side)} for training and starts, besides evaluation",
         f"about {side_by_side * actors * ACTOR_BYTES / 2**30:.1f} GiB for the actors",
     ]
+
+
+def scheduler_lines(plan: SweepPlan) -> list[str]:
+    """How trials are ended early, or copied and changed; nothing without a scheduler."""
+    scheduler, count = plan.sweep.scheduler, len(plan.chosen)
+    rounds = max(p.config.training.num_rounds for p in plan.prepared)
+    if scheduler.name == "none":
+        return []
+    if scheduler.name == "asha":
+        return [
+            f"scheduler asha: from round {scheduler.first_rung(rounds)} of {rounds} on, one in "
+            f"{scheduler.reduction} goes on at each rung"
+        ]
+    ends = [str(end) for end in legs(scheduler, rounds) if end is not None]
+    share = replaced(scheduler, count)
+    return [
+        f"scheduler pbt: of {count} trials compared after {', '.join(ends)} of {rounds} rounds the "
+        f"worst {share} end, and changed copies of the best {share} go on",
+        "changed: " + ", ".join(f"{k} {_entry(v)}" for k, v in scheduler.mutate.items()),
+        "what comes out is a schedule, not a configuration",
+    ]
+
+
+def _entry(entry: Any) -> str:
+    return (
+        ", ".join(f"{k} {v}" for k, v in entry.items()) if isinstance(entry, dict) else f"{entry}"
+    )
 
 
 def num_steps(prepared: Prepared) -> int:

@@ -28,6 +28,8 @@ class Entry:
     config_type: frozen dataclass of the entry's options.
     presets: preset name -> option values that differ from the dataclass's own defaults.
     idle: (options, training options) -> options that have no effect beside the others, and why.
+    changeable: options that may change between two rounds of a run: no state's shape and nothing
+        that is decided before the first round depends on them.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Entry:
     config_type: type
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     idle: Callable[[Any, Any], Mapping[str, str]] = lambda options, training: {}
+    changeable: frozenset[str] = frozenset()
 
     @property
     def summary(self) -> str:
@@ -72,6 +75,7 @@ class Registry:
         config_type: type,
         presets: Mapping[str, Mapping[str, Any]] | None = None,
         idle: Callable[[Any, Any], Mapping[str, str]] = lambda options, training: {},
+        changeable: Iterable[str] = (),
     ) -> Callable[[Factory], Factory]:
         """Decorator for a factory; the same name twice is refused, naming both places."""
 
@@ -83,7 +87,9 @@ class Registry:
                     f"{self.kind} {name!r} is registered by both {_place(known.factory)} and "
                     f"{_place(factory)}; rename one"
                 )
-            self._entries[name] = Entry(name, factory, config_type, presets or {}, idle)
+            self._entries[name] = Entry(
+                name, factory, config_type, presets or {}, idle, frozenset(changeable)
+            )
             return factory
 
         return decorate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -22,7 +22,7 @@ from selffl_ray.experiment import Prepared, write_params
 from selffl_ray.flat import digest
 from selffl_ray.participation import RoundPlan
 from selffl_ray.pool import ClientPool, HostLost, StateLostError
-from selffl_ray.run_writer import RunWriter
+from selffl_ray.run_writer import RunWriter, changed
 from selffl_ray.runtime.actors import Control
 from selffl_ray.stopping import StopRule, seconds_of
 
@@ -54,10 +54,15 @@ def run_identity(config: ExperimentConfig) -> dict[str, Any]:
     return parts
 
 
-def run_digest(prepared: Prepared) -> str:
-    """Names what a checkpoint belongs to: everything that results depend on, not the placement."""
+def run_digest(prepared: Prepared, schedule: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Names what a checkpoint belongs to: everything that results depend on, not the placement.
+
+    Args:
+        schedule: of the run's job; it counts if options were changed on the way.
+    """
     text = json.dumps(run_identity(prepared.config), sort_keys=True)
-    return digest([], [text, prepared.store.manifest.digest, prepared.partition.digest])
+    past = [json.dumps(list(schedule), sort_keys=True)] if changed(schedule) else []
+    return digest([], [text, prepared.store.manifest.digest, prepared.partition.digest, *past])
 
 
 @dataclass
@@ -79,7 +84,7 @@ class RunLoop:
         self._pool = pool
         self._writer = writer
         self._control = control
-        self._digest = run_digest(prepared)
+        self._digest = run_digest(prepared, writer.schedule)
         self._checkpoints = writer.folder / "checkpoints"
         self._all_states_next = True
         self._lost_clients: dict[int, int] = {}
@@ -134,13 +139,13 @@ class RunLoop:
         path = latest_checkpoint(self._checkpoints)
         self._all_states_next = True
         if path is None:
-            self._writer.tables.restore(-1)
+            self._writer.restore(-1)
             self._pool.import_states([])
             return _Place(0, algorithm.init(start_P), 0)
         saved = load_checkpoint(
             path, self._digest, algorithm.init(start_P), algorithm.init_client(start_P, 1)
         )
-        self._writer.tables.restore(saved.counters.round_index)
+        self._writer.restore(saved.counters.round_index)
         self._pool.import_states(saved.states)
         return _Place(saved.counters.round_index + 1, saved.server, saved.counters.gradient_steps)
 

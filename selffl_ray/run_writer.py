@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from selffl_ray.config import ExperimentConfig, flatten, parse_config, to_raw, to_yaml
 from selffl_ray.driver import RoundRecord
 from selffl_ray.environment import describe_environment, package_version
+from selffl_ray.errors import ConfigError
 from selffl_ray.experiment import Prepared
 from selffl_ray.runtime.placement import PlacementPlan
 from selffl_ray.tables import (
@@ -27,6 +28,9 @@ from selffl_ray.tables import (
 from selffl_ray.tracking import MLflowTracker, NoTracker, RunInfo, Tracker
 
 logger = logging.getLogger(__name__)
+
+SCHEDULE = "schedule.json"
+"""In the folder of a run whose options may change on its way."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,31 @@ class Job:
     resume: bool = False
     name: str | None = None
     """The run's name in MLflow; method, preset and seed by default."""
+    schedule: tuple[Mapping[str, Any], ...] = ()
+    """Of a run whose options may change on its way: what was set from which round on."""
 
     def config(self) -> ExperimentConfig:
         """The configuration, with plugins loaded."""
         return parse_config(dict(self.raw), Path(self.plugin_folder))
+
+
+def changed(schedule: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether options were changed on the way, and one configuration does not repeat the run."""
+    return len(schedule) > 1
+
+
+def check_one_configuration(folder: Path, remedy: str) -> None:
+    """A run that options were changed in cannot be gone on with or repeated from its config.yaml.
+
+    Raises:
+        ConfigError: it is such a run; ``remedy`` says what to do instead.
+    """
+    path = folder / SCHEDULE
+    if path.exists() and changed(json.loads(path.read_text())):
+        raise ConfigError(
+            f"{folder}: options were changed during this run ({SCHEDULE}), so config.yaml holds "
+            f"its last ones only; {remedy}"
+        )
 
 
 class RunWriter:
@@ -59,9 +84,12 @@ class RunWriter:
         self.folder = Path(job.folder)
         self.prepared = prepared
         config = prepared.config
+        self.schedule = job.schedule
         self.tables = RunTables(self.folder, prepared.client_ids, prepared.dataset.task.score_name)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "config.yaml", to_yaml(config))
+        if self.schedule:
+            write_json(self.folder / SCHEDULE, list(self.schedule))
         self.tracker: Tracker = self._open_tracker(job)
         self._began = time.monotonic()
         self._raised: set[str] = set()
@@ -96,6 +124,17 @@ class RunWriter:
             resume_id,
         )
         return MLflowTracker(uri, info, self.folder)
+
+    def restore(self, last_round: int) -> None:
+        """Go on after a round (-1: begin), with the rows of the rounds up to it.
+
+        Of a run that began as another's copy the tracker is given them too; steps that the store
+        has already are not sent again.
+        """
+        self.tables.restore(last_round)
+        if changed(self.schedule):
+            for row in self.tables.rows():
+                self.tracker.log({k: v for k, v in row.items() if "/" in k}, row["round_index"])
 
     def write_environment(self, plan: PlacementPlan, where: list[dict[str, Any]]) -> None:
         """``environment.json``."""
@@ -137,6 +176,7 @@ class RunWriter:
             "digest": None if newest is None else newest["digest"],
             "error": error,
             "folder": str(self.folder),
+            **({"schedule": list(self.schedule)} if self.schedule else {}),
         }
         write_json(self.folder / "summary.json", summary)
         mlflow_status = {"FINISHED": "FINISHED", "STOPPED": "KILLED"}.get(status, "FAILED")

@@ -38,13 +38,18 @@ class Dimension:
     values: tuple[Any, ...]
     when: Mapping[str, tuple[Any, ...]]
 
+    @property
+    def listed(self) -> bool:
+        """Whether the values are named one by one, not as a range."""
+        return self.kind in ("grid", "choice")
+
     def active(self, settings: Settings) -> bool:
         """Whether the conditions hold among what is set already."""
         return all(settings.get(key) in values for key, values in self.when.items())
 
     def draw(self, rng: Any) -> Any:
         """A random value."""
-        if self.kind == "choice":
+        if self.listed:
             return self.values[int(rng.integers(len(self.values)))]
         low, high = self.values
         if self.kind == "randint":
@@ -52,6 +57,23 @@ class Dimension:
         if self.kind == "uniform":
             return float(rng.uniform(low, high))
         return float(math.exp(rng.uniform(math.log(low), math.log(high))))
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value can be drawn."""
+        if self.listed:
+            return value in self.values
+        low, high = self.values
+        numbers = int if self.kind == "randint" else (int, float)
+        if not isinstance(value, numbers) or isinstance(value, bool):
+            return False
+        return bool(low <= value < high if self.kind == "randint" else low <= value <= high)
+
+    def ends(self) -> tuple[Any, ...]:
+        """The values, or the smallest and the largest of a range."""
+        if self.listed:
+            return self.values
+        low, high = self.values
+        return low, high - 1 if self.kind == "randint" else high
 
 
 def read_space(space: list[dict[str, Any]] | dict[str, Any]) -> list[list[Dimension]]:
@@ -74,7 +96,7 @@ def _read_block(block: Mapping[str, Any]) -> list[Dimension]:
                 "space: seed is no entry of a space: seeds pair the configurations; list them in "
                 "seeds"
             )
-        dimension = _read_dimension(key, entry)
+        dimension = read_dimension(key, entry, f"space: {key}")
         random = {d.key for d in found if d.kind != "grid"}
         for other in dimension.when:
             if other not in {d.key for d in found}:
@@ -84,7 +106,7 @@ def _read_block(block: Mapping[str, Any]) -> list[Dimension]:
                 )
             earlier = next(d for d in found if d.key == other)
             never = [v for v in dimension.when[other] if v not in earlier.values]
-            if earlier.kind in ("grid", "choice") and (never or not dimension.when[other]):
+            if earlier.listed and (never or not dimension.when[other]):
                 raise ConfigError(
                     f"space: {key}: when {other} is one of {list(dimension.when[other])}, but it "
                     f"is only ever one of {list(earlier.values)}"
@@ -97,8 +119,15 @@ def _read_block(block: Mapping[str, Any]) -> list[Dimension]:
     return found
 
 
-def _read_dimension(key: str, entry: Any) -> Dimension:
-    where = f"space: {key}"
+def read_dimension(key: str, entry: Any, where: str) -> Dimension:
+    """One entry of a space.
+
+    Args:
+        where: what messages call it.
+
+    Raises:
+        ConfigError: an unknown kind or wrong values.
+    """
     if isinstance(entry, list):
         entry = {"grid": entry}
     kinds = [k for k in KINDS if isinstance(entry, dict) and k in entry]

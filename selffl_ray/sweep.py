@@ -34,6 +34,11 @@ from selffl_ray.evaluation import metric_names
 from selffl_ray.registry import algorithms, datasets, nearest
 from selffl_ray.runtime.placement import DRIVER_CPUS
 from selffl_ray.search_space import Settings, expand, read_space
+from selffl_ray.sweep_scheduler import SchedulerConfig
+
+Schedule = tuple[Mapping[str, Any], ...]
+"""What was set from which round on, where options change during a run: mappings with ``round``,
+``from`` (the trial whose state was taken over, null at the start) and ``options``."""
 
 LONGEST_NAME = 70
 """Characters of a configuration's label that a folder's name keeps."""
@@ -78,25 +83,6 @@ class SearcherConfig:
                 f"searcher.trials must be above searcher.startup ({self.startup}), or every "
                 f"suggestion is random; got {self.trials}"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulerConfig:
-    """How trials are ended early."""
-
-    name: Literal["none", "asha"] = "none"
-    grace: int | None = None
-    """asha: rounds that every trial gets; a quarter of all by default."""
-    reduction: int = 3
-    """asha: one in so many goes on at each rung."""
-
-    def __post_init__(self) -> None:
-        if self.grace is not None and self.grace < 1:
-            raise ConfigError(f"scheduler.grace must be >= 1 round, got {self.grace}")
-        if self.reduction < 2:
-            raise ConfigError(f"scheduler.reduction must be >= 2, got {self.reduction}")
-        if self.name == "none" and (self.grace, self.reduction) != (None, 3):
-            raise ConfigError("scheduler: grace and reduction act with name: asha only")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +173,7 @@ class SweepConfig:
                 f"confirm.seeds must be fresh ones, but {both} are among seeds: the selection has "
                 "seen them"
             )
-        if self.scheduler.name != "none":
+        if self.scheduler.name == "asha":
             self._check_scheduler()
         if self.open_test and self.confirm is not None:
             raise ConfigError(
@@ -258,6 +244,8 @@ class Trial:
     name: str
     configuration: Configuration
     config: ExperimentConfig
+    schedule: Schedule = ()
+    """Of a member of a population (``sweep_population``)."""
 
     @property
     def seed(self) -> int:
@@ -345,13 +333,18 @@ def trials(
     """Every configuration with every seed; configurations of one seed stand together."""
     return [
         Trial(
-            f"{one.number:03d}-{_slug(one.label)}-s{seed}",
+            trial_name(one, seed),
             one,
             configure(sweep, one.settings, seed, folder, open_test=open_test),
         )
         for seed in seeds
         for one in chosen
     ]
+
+
+def trial_name(one: Configuration, seed: int) -> str:
+    """Number, label and seed, as the name of a folder."""
+    return f"{one.number:03d}-{_slug(one.label)}-s{seed}"
 
 
 def references_of(sweep: SweepConfig, chosen: Sequence[Configuration]) -> dict[str, Configuration]:
@@ -420,6 +413,12 @@ def short_keys(keys: Sequence[str]) -> dict[str, str]:
             if not any(f".{k}".endswith(f".{short[key]}") for k in others):
                 break
     return short
+
+
+def schedule_text(schedule: Schedule) -> str:
+    """``0: learning_rate=0.3; 10: learning_rate=0.36``: what was set from which round on."""
+    short = short_keys([key for entry in schedule for key in entry["options"]])
+    return "; ".join(f"{entry['round']}: {_label(entry['options'], short)}" for entry in schedule)
 
 
 def _label(settings: Settings, short: Mapping[str, str]) -> str:

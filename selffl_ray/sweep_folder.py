@@ -56,10 +56,14 @@ def check_origin(folder: Path) -> None:
         )
 
 
-def note_end(event: Any, trials: Path) -> None:
-    """Keep in a trial's folder that Tune ended it, or that it failed outside of its rounds."""
+def note_end(event: Any, trials: Path, *, held: bool = False) -> None:
+    """Keep in a trial's folder that Tune ended it, or that it failed outside of its rounds.
+
+    Args:
+        held: a trial that has done what it was asked for is held, not ended.
+    """
     folder = trials / event.trial
-    if event.result.get("done"):
+    if event.result.get("done") and not held:
         write_json(folder / ENDED, {"round": event.result.get("round")})
     if event.kind == "error" and not (folder / FAILURE).exists():
         write_json(folder / FAILURE, {"error": "its actor died or did not start; see Ray's logs"})

@@ -18,13 +18,14 @@ from selffl_ray.runtime.placement import (
 )
 from selffl_ray.sweep import (
     Configuration,
-    SchedulerConfig,
     SweepConfig,
     Trial,
     configurations,
     references_of,
     trials,
 )
+from selffl_ray.sweep_population import check_population
+from selffl_ray.sweep_scheduler import SchedulerConfig
 from selffl_ray.sweep_search import Search, check_search
 
 
@@ -36,6 +37,8 @@ class Stage:
     trials: tuple[Trial, ...]
     plans: tuple[PlacementPlan, ...]
     scheduler: SchedulerConfig
+    until: int | None = None
+    """Hold the trials after so many rounds, to be gone on with in a later stage."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ def plan_sweep(sweep: SweepConfig, nodes: Sequence[Node]) -> SweepPlan:
         chosen = Search(sweep, here).ask()
     references = references_of(sweep, chosen)
     first, prepared = plan_selection(sweep, chosen, nodes)
+    if sweep.scheduler.name == "pbt":
+        check_population(sweep, chosen, prepared, here)
     return SweepPlan(sweep, tuple(chosen), references, first, prepared)
 
 
@@ -79,6 +84,14 @@ def plan_selection(
     planned = trials(sweep, chosen, sweep.seeds, here, open_test=sweep.open_test)
     prepared, plans = _placed(sweep, planned, len(chosen), nodes)
     return Stage("select", tuple(planned), plans, sweep.scheduler), prepared
+
+
+def plan_members(
+    sweep: SweepConfig, members: Sequence[Trial], nodes: Sequence[Node], until: int | None
+) -> Stage:
+    """The members of a population on their way to the next comparison, or to the end."""
+    _, plans = _placed(sweep, members, len(members), nodes)
+    return Stage("select", tuple(members), plans, SchedulerConfig(), until)
 
 
 def plan_confirmation(

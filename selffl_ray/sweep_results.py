@@ -16,13 +16,20 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from selffl_ray.sweep import Configuration, Trial
+from selffl_ray.sweep import Configuration, Trial, schedule_text
 
 CONFIDENCE = 0.95
 ENDED = "ended.json"
 """In the folder of a trial that Tune ended: it was done, or the scheduler stopped it."""
 FAILURE = "failure.json"
 """In the folder of a trial that failed: why."""
+
+SCHEDULES = (
+    "Population-based training: each row is a schedule, not a configuration. Where a label says "
+    "from k after n, the run began as a copy of trial k in its state after n rounds; differences "
+    "between rows are not differences between their last options. Options by the round from which "
+    "they were set (what is not named again stays):"
+)
 
 
 class Interval(NamedTuple):
@@ -78,6 +85,7 @@ def _row(trial: Trial, folder: Path) -> dict[str, Any]:
         "error": summary.get("error") or "",
         "rounds": summary.get("rounds", 0),
         "digest": summary.get("digest") or "",
+        **({"schedule": schedule_text(trial.schedule)} if trial.schedule else {}),
         **dict(sorted(kept.items())),
     }
 
@@ -173,6 +181,14 @@ def finals(
 
 def _group(one: Configuration, per: Sequence[str]) -> str:
     return json.dumps([one.settings[key] for key in per], sort_keys=True)
+
+
+def best_of_each_scene(ranking: Sequence[Ranked]) -> list[Ranked]:
+    """The first of every scene."""
+    first: dict[str, Ranked] = {}
+    for one in ranking:
+        first.setdefault(one.scene, one)
+    return list(first.values())
 
 
 def values_by_seed(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -283,6 +299,10 @@ def _footnotes(rows: pd.DataFrame, ranking: Sequence[Ranked]) -> list[str]:
             "configurations some intervals exclude 0 by chance."
         )
         notes.append("Gradient steps: training and the readouts of the last evaluation, a seed.")
+    if ranking and "schedule" in rows:
+        notes += ["", SCHEDULES, ""]
+        by_number = rows.set_index("configuration")["schedule"]
+        notes += [f"- {one.label}: {by_number[one.configuration]}" for one in ranking]
     left = rows[rows["status"] != "FINISHED"]
     for status, group in left.groupby("status"):
         names = ", ".join(group["trial"].tolist()[:5])

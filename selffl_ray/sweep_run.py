@@ -2,8 +2,9 @@
 
 The sweep's folder holds ``sweep.yaml`` (repeats it), ``trials/<name>/`` (each a run's folder),
 ``results.csv`` and ``results.md``, with a second stage also ``confirm.csv`` and ``confirm.md``,
-with a searcher ``search.json`` (what it was told), and ``tune/`` with Tune's own files, readable by
-TensorBoard. Whoever resumes it repeats no trial that is done.
+with a searcher ``search.json`` (what it was told), with population-based training
+``population.json`` (who was replaced by a copy of whom), and ``tune/`` with Tune's own files,
+readable by TensorBoard. Whoever resumes it repeats no trial that is done.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from selffl_ray.config import ExperimentConfig, dump_yaml, flatten, to_raw
 from selffl_ray.run_loop import Message
 from selffl_ray.run_writer import Job
 from selffl_ray.runtime.cluster import check_shared, cluster, this_machine
-from selffl_ray.runtime.placement import Node
+from selffl_ray.runtime.placement import Node, PlacementPlan
 from selffl_ray.sweep import (
     Configuration,
-    SchedulerConfig,
     SweepConfig,
     Trial,
+    schedule_text,
     trials,
 )
 from selffl_ray.sweep_folder import check_folder, check_origin, new_folder, note_end
@@ -37,11 +38,14 @@ from selffl_ray.sweep_plan import (
     Stage,
     SweepPlan,
     plan_confirmation,
+    plan_members,
     plan_selection,
     plan_sweep,
 )
+from selffl_ray.sweep_population import LOG, Population
 from selffl_ray.sweep_progress import StageProgress, Watch
-from selffl_ray.sweep_results import Ranked, finals, markdown, rank, trial_rows
+from selffl_ray.sweep_results import Ranked, best_of_each_scene, finals, markdown, rank, trial_rows
+from selffl_ray.sweep_scheduler import SchedulerConfig
 from selffl_ray.sweep_search import Search, values_to_tell
 from selffl_ray.tables import write_json, write_text
 from selffl_ray.tracking import close_sweep, open_sweep, resolve_uri
@@ -147,8 +151,7 @@ class _Sweep:
     def run(self) -> SweepResult:
         """Both stages, the tables, and what MLflow is told at the end."""
         sweep = self._sweep
-        select = self._select if sweep.searcher.name == "variants" else self._search
-        chosen, selected, complete = select()
+        chosen, selected, complete = self._first_stage()
         rows = {"select": selected}
         references = {scene: one.number for scene, one in self._plan.references.items()}
         ranking = self._write(selected, "select", references)
@@ -173,6 +176,12 @@ class _Sweep:
         self._close_parent(result)
         return result
 
+    def _first_stage(self) -> tuple[Sequence[Configuration], pd.DataFrame, bool]:
+        """Configurations, rows of the trials, and whether nothing is left."""
+        if self._sweep.scheduler.name == "pbt":
+            return self._evolve()
+        return self._select() if self._sweep.searcher.name == "variants" else self._search()
+
     def _select(self) -> tuple[Sequence[Configuration], pd.DataFrame, bool]:
         """The first stage of a sweep whose configurations are all known."""
         rows = self._run_stage(self._plan.first)
@@ -196,28 +205,41 @@ class _Sweep:
         whole = trials(sweep, found, sweep.seeds, Path.cwd(), open_test=sweep.open_test)
         return found, trial_rows(whole, self._folder / "trials"), not search.left
 
+    def _evolve(self) -> tuple[Sequence[Configuration], pd.DataFrame, bool]:
+        """The first stage of a population: to the next comparison, until the runs end."""
+        sweep, root = self._sweep, self._folder / "trials"
+        population = Population(sweep, self._plan.first.trials, self._folder, Path.cwd())
+        while population.ends:
+            until = population.ends[0]
+            name = "select" if until is None else f"select to round {until}"
+            stage = plan_members(sweep, population.members, self._nodes, until)
+            self._run_stage(stage, StageProgress(name, sweep, self._watch))
+            if until is None or not population.held():
+                break
+            population.compare()
+        rows = trial_rows(population.trials, root)
+        found = [t.configuration for t in population.trials]
+        return found, rows, _complete(rows, sweep.scheduler)
+
     def _run_stage(
         self, stage: Stage, progress: StageProgress | None = None, later: int = 0
     ) -> pd.DataFrame:
         """Run what is left of a stage, or of a batch of it with ``later`` trials to follow."""
         # Imported here: Tune takes more than a second, and a dry run needs none of it.
-        from selffl_ray.tuning import TrialSpec, is_finished, run_trials
+        from selffl_ray.tuning import is_done, run_trials
 
         root = self._folder / "trials"
         left = [
             (t, plan)
             for t, plan in zip(stage.trials, stage.plans, strict=True)
-            if stage.scheduler.name != "none" or not is_finished(root / t.name)
+            if stage.scheduler.name != "none" or not is_done(root / t.name, stage.until)
         ]
-        specs = {
-            t.name: TrialSpec(self._job(stage, t), plan, t.configuration.settings, self._reported())
-            for t, plan in left
-        }
+        specs = {t.name: self._spec(stage, t, plan) for t, plan in left}
         progress = progress or StageProgress(stage.name, self._sweep, self._watch)
         progress.begin(stage.trials, finished=len(stage.trials) - len(left), later=later)
 
         def watch(event: Any) -> None:
-            note_end(event, root)
+            note_end(event, root, held=stage.until is not None)
             progress(event)
 
         seconds = self._sweep.budget.seconds
@@ -236,6 +258,12 @@ class _Sweep:
             )
         return trial_rows(stage.trials, root)
 
+    def _spec(self, stage: Stage, trial: Trial, plan: PlacementPlan) -> Any:
+        from selffl_ray.tuning import TrialSpec
+
+        settings = trial.configuration.settings
+        return TrialSpec(self._job(stage, trial), plan, settings, self._reported(), stage.until)
+
     def _job(self, stage: Stage, trial: Trial) -> Job:
         folder = self._folder / "trials" / trial.name
         job = make_job(
@@ -245,7 +273,8 @@ class _Sweep:
             tags=self._tags(stage, trial),
         )
         # The store that the sweep began in, wherever it is gone on with.
-        return replace(job, name=f"{trial.configuration.label} s{trial.seed}", store=self._store)
+        name = f"{trial.configuration.label} s{trial.seed}"
+        return replace(job, name=name, store=self._store, schedule=trial.schedule)
 
     def _done(self, stage: Stage) -> bool:
         return _complete(trial_rows(stage.trials, self._folder / "trials"), stage.scheduler)
@@ -275,6 +304,9 @@ class _Sweep:
         tags = {"stage": stage.name, "configuration": trial.configuration.label}
         for key, value in trial.configuration.settings.items():
             tags[f"space.{key}"] = str(value)
+        if trial.schedule:
+            # Filter by it: what such a run comes to is not what its parameters come to.
+            tags |= {"schedule": "pbt", "options": schedule_text(trial.schedule)}
         if self._parent is not None:
             tags["mlflow.parentRunId"] = self._parent
         return tags
@@ -310,6 +342,7 @@ class _Sweep:
         names = (
             "sweep.yaml",
             "search.json",
+            LOG,
             "results.csv",
             "results.md",
             "confirm.csv",
@@ -335,14 +368,6 @@ class _Sweep:
             if run_id is not None:
                 found[run_id] = {"best": "true"}
         return found
-
-
-def best_of_each_scene(ranking: Sequence[Ranked]) -> list[Ranked]:
-    """The first of every scene."""
-    first: dict[str, Ranked] = {}
-    for one in ranking:
-        first.setdefault(one.scene, one)
-    return list(first.values())
 
 
 def _complete(rows: pd.DataFrame, scheduler: SchedulerConfig) -> bool:

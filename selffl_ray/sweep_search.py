@@ -58,7 +58,7 @@ def check_search(sweep: SweepConfig, folder: Path) -> None:
     corners = _corners(dimensions)
     for corner in corners:
         checked(sweep, corner, folder)
-    finite = all(d.kind in ("grid", "choice") for d in dimensions)
+    finite = all(d.listed for d in dimensions)
     suggestions = sweep.searcher.trials
     assert suggestions is not None, "SearcherConfig asks for it"
     if finite and len(corners) <= suggestions:
@@ -96,12 +96,8 @@ def _corners(dimensions: Sequence[Dimension]) -> list[Raw]:
     named = [(key, value) for d in dimensions for key, vs in d.when.items() for value in vs]
     grids = []
     for one in dimensions:
-        values = one.values
-        if one.kind not in ("grid", "choice"):
-            low, high = values
-            inside = [v for key, v in named if key == one.key and _holds(one, v)]
-            ends = (low, high - 1 if one.kind == "randint" else high, *inside)
-            values = tuple(dict.fromkeys(ends))
+        inside = [v for key, v in named if key == one.key and one.holds(v)]
+        values = one.values if one.listed else tuple(dict.fromkeys((*one.ends(), *inside)))
         grids.append(Dimension(one.key, "grid", values, one.when))
     count = math.prod(len(d.values) for d in grids)
     if count > MOST_CORNERS:
@@ -121,21 +117,11 @@ def _check_reference(dimensions: Sequence[Dimension], reference: Settings) -> No
             f"{', '.join(d.key for d in active)}; got {', '.join(reference) or 'nothing'}"
         )
     for one in active:
-        if not _holds(one, reference[one.key]):
+        if not one.holds(reference[one.key]):
             raise ConfigError(
                 f"reference: {one.key}: {reference[one.key]!r} is not in the space's {one.kind} "
                 f"{list(one.values)}"
             )
-
-
-def _holds(dimension: Dimension, value: Any) -> bool:
-    if dimension.kind in ("grid", "choice"):
-        return value in dimension.values
-    low, high = dimension.values
-    numbers = int if dimension.kind == "randint" else (int, float)
-    if not isinstance(value, numbers) or isinstance(value, bool):
-        return False
-    return bool(low <= value < high if dimension.kind == "randint" else low <= value <= high)
 
 
 class Suggestion(NamedTuple):
@@ -287,12 +273,12 @@ def _failed_state() -> Any:
 def _parameter(dimension: Dimension, settings: Settings) -> Any:
     """A setting as Optuna knows it (``_suggest``)."""
     value = settings[dimension.key]
-    return dimension.values.index(value) if dimension.kind in ("grid", "choice") else value
+    return dimension.values.index(value) if dimension.listed else value
 
 
 def _suggest(trial: Any, dimension: Dimension) -> Any:
     key = dimension.key
-    if dimension.kind in ("grid", "choice"):
+    if dimension.listed:
         # By index: Optuna's categories are numbers and strings, ours may be mappings.
         return dimension.values[trial.suggest_categorical(key, range(len(dimension.values)))]
     low, high = dimension.values

@@ -27,6 +27,17 @@ from selffl_ray.stopping import StopConfig
 
 Schedule = Literal["constant", "linear", "cosine", "step"]
 
+CHANGEABLE = (
+    "learning_rate",
+    "num_local_steps",
+    "num_local_epochs",
+    "batch_size",
+    "momentum",
+    "weight_decay",
+    "clip_norm",
+)
+"""Options that may change between rounds: each round's local training begins afresh."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:

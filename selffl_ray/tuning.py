@@ -24,15 +24,15 @@ import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
-from selffl_ray.checkpoint import latest_checkpoint
+from selffl_ray.checkpoint import rounds_done
 from selffl_ray.errors import RunError
 from selffl_ray.execution import JobRunner
 from selffl_ray.run_loop import Message, Progress
 from selffl_ray.run_writer import Job
 from selffl_ray.runtime.actors import Control
 from selffl_ray.runtime.placement import PlacementPlan
-from selffl_ray.sweep import SchedulerConfig
 from selffl_ray.sweep_results import FAILURE
+from selffl_ray.sweep_scheduler import SchedulerConfig
 from selffl_ray.tables import write_json
 
 logger = logging.getLogger(__name__)
@@ -46,13 +46,14 @@ class TrialSpec(NamedTuple):
     """What a trial's actor needs: the job, where its clients live, and what to show of it.
 
     settings: of its configuration, for Tune's pages; metrics: names that are reported, the
-    sweep's own first.
+    sweep's own first; until: hold after so many rounds, to be gone on with later.
     """
 
     job: Job
     plan: PlacementPlan
     settings: Mapping[str, Any]
     metrics: tuple[str, ...]
+    until: int | None = None
 
 
 class TuneEvent(NamedTuple):
@@ -131,6 +132,15 @@ class SteppedRun:
                 raise event
             return None
 
+    def hold(self) -> None:
+        """End the job at the round that it is held after, with everything written.
+
+        Raises:
+            what the job raised.
+        """
+        self._control.stop()
+        self.advance()
+
     def messages(self) -> list[str]:
         """Warnings since the last call."""
         return [event.text for event in self._control.take()]
@@ -169,7 +179,8 @@ class SelfFLTrial(tune.Trainable):
         self._metrics = spec.metrics
         (folder / FAILURE).unlink(missing_ok=True)
         self._past = deque(past_rounds(folder))
-        self._finished = is_finished(folder)
+        self._until = spec.until
+        self._finished = is_done(folder, spec.until)
         self._latest: dict[str, Any] = {}
         # Client actors serve trial after trial, so they are named after this actor.
         label = f"{job.raw['experiment']}-trial-{os.getpid()}"
@@ -195,9 +206,12 @@ class SelfFLTrial(tune.Trainable):
                 f"round {event.round_index}: {self._metrics[0]} was not measured or is not finite; "
                 "did the models diverge?"
             )
-        last = event.round_index + 1 == event.num_rounds
-        if last:
+        done = event.round_index + 1
+        if done == self._until:
+            self._run.hold()
+        elif done == event.num_rounds:
             self._run.advance()
+        last = done in (self._until, event.num_rounds)
         return self._report(event.round_index, event.metrics, done=last)
 
     def _report(
@@ -230,16 +244,20 @@ def is_finished(folder: Path) -> bool:
     return path.exists() and json.loads(path.read_text())["status"] == "FINISHED"
 
 
+def is_done(folder: Path, until: int | None) -> bool:
+    """Whether a run has come to its end, or is held after ``until`` rounds."""
+    reached = rounds_done(folder / "checkpoints")
+    return is_finished(folder) or (until is not None and reached >= until)
+
+
 def past_rounds(folder: Path) -> list[dict[str, Any]]:
     """Evaluated rounds that a run in this folder will not repeat."""
-    newest = latest_checkpoint(folder / "checkpoints")
     path = folder / "rounds.parquet"
     if not path.exists():
         return []
     rows = pd.read_parquet(path)
     if not is_finished(folder):
-        reached = -1 if newest is None else int(newest.name.rpartition("_")[2])
-        rows = rows[rows["round_index"] <= reached]
+        rows = rows[rows["round_index"] < rounds_done(folder / "checkpoints")]
     if "time/eval_s" not in rows:
         return []
     found = rows[rows["time/eval_s"].notna()].sort_values("round_index")
@@ -366,7 +384,7 @@ def _scheduler(config: SchedulerConfig, num_rounds: int) -> Any:
     return ASHAScheduler(
         time_attr="round",
         max_t=num_rounds,
-        grace_period=config.grace or max(1, num_rounds // 4),
+        grace_period=config.first_rung(num_rounds),
         reduction_factor=config.reduction,
         brackets=1,
     )

@@ -17,6 +17,7 @@ from selffl_ray.config import load_config
 from selffl_ray.environment import processor
 from selffl_ray.errors import DataError, UsageError
 from selffl_ray.run_loop import Progress
+from selffl_ray.run_writer import check_one_configuration
 
 
 class Verdict(NamedTuple):
@@ -91,6 +92,7 @@ class _Environment(NamedTuple):
 
 
 def _read(folder: Path) -> tuple[_Environment, pd.DataFrame]:
+    check_one_configuration(folder, "verify a run of one configuration")
     try:
         found = json.loads((folder / "environment.json").read_text())
         environment = _Environment(

@@ -27,8 +27,9 @@ LAYERS = {
     3: "messages client_data host pool faults driver",
     4: "runtime tracking checkpoint tables config",
     5: "cli commands console tuning experiment environment run_writer run_loop execution api "
-    "describe doctor estimate verification serving search_space sweep sweep_folder sweep_plan "
-    "sweep_progress sweep_results sweep_run sweep_search __main__ __init__",
+    "describe doctor estimate verification serving search_space sweep sweep_folder sweep_mutation "
+    "sweep_plan sweep_population sweep_progress sweep_results sweep_run sweep_scheduler "
+    "sweep_search __main__ __init__",
 }
 LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts.split()}
 

@@ -24,6 +24,7 @@ def status_of(tmp_path, summary=None, events=()):
     trial = SimpleNamespace(
         name=folder.name,
         seed=0,
+        schedule=(),
         configuration=SimpleNamespace(scene="", number=0, label="a"),
     )
     row = trial_rows([trial], tmp_path).iloc[0]

@@ -32,14 +32,14 @@ from functools import partial
 
 from selffl_ray.algorithms.base import Algorithm, Federation, Gather, Mean, Total, use_global_params
 from selffl_ray.algorithms.selffl import client, server
-from selffl_ray.algorithms.selffl.config import PRESETS, SelfFLConfig, idle
+from selffl_ray.algorithms.selffl.config import CHANGEABLE, PRESETS, SelfFLConfig, idle
 from selffl_ray.algorithms.selffl.context import build_context
 from selffl_ray.registry import register_algorithm
 
 __all__ = ["SelfFLConfig", "selffl"]
 
 
-@register_algorithm("selffl", SelfFLConfig, presets=PRESETS, idle=idle)
+@register_algorithm("selffl", SelfFLConfig, presets=PRESETS, idle=idle, changeable=CHANGEABLE)
 def selffl(config: SelfFLConfig, federation: Federation) -> Algorithm:
     """Self-FL (NeurIPS 2022): personalization and weights from two uncertainties."""
     context = build_context(config, federation)

@@ -39,6 +39,22 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 """What each preset changes of the defaults below, which are those of ``two_tap``."""
 
+CHANGEABLE = (
+    "kappa",
+    "curvature",
+    "contraction",
+    "max_contraction",
+    "min_steps",
+    "max_steps",
+    "readout_rate",
+    "readout_steps",
+    "map_curvature",
+    "discount",
+    "beta",
+    "beta_intra",
+)
+"""Options that may change between rounds; the variances that were smoothed until then stay."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SelfFLConfig:
