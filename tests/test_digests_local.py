@@ -66,8 +66,12 @@ def test_hosts_and_stacks_do_not_change_a_bit_of_a_method(method):
 @pytest.mark.parametrize("method", algorithms.names())
 def test_hosts_and_stacks_do_not_change_a_bit_when_clients_make_unequal_numbers_of_steps(method):
     """Rows that have finished stand beside rows that go on."""
-    epochs = [s for s in DIGITS if "num_local_steps" not in s] + ["training.num_local_epochs=2"]
+    steps = [s for s in DIGITS if "num_local_steps" not in s]
+    epochs = [*steps, "training.num_local_epochs=1", "training.batch_size=5"]
     settings = (*as_allowed(method, epochs), f"method={method}")
+    prepared = prepared_with(*settings)
+    found = {prepared.config.training.steps(len(client.train)) for client in prepared.clients}
+    assert len(found) > 4, "clients must differ, or this is the test above"
     assert_same_bits_everywhere(settings, [(3, 1), (7, 20)])
 
 
