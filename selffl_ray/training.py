@@ -345,8 +345,9 @@ def local_sgd(
     config, count = stack.training, stack.num_clients
     steps_C = stack.num_steps_C if steps_C is None else steps_C.to(torch.int64)
     theta_CP = start.expand(count, -1).clone()
-    rate_C1 = torch.as_tensor(stack.learning_rate if rate_C is None else rate_C)
-    rate_C1 = rate_C1.to(theta_CP).expand(count).unsqueeze(1)
+    rate = stack.learning_rate if rate_C is None else rate_C
+    # Not by way of float32, which would cost a float64 model its last digits.
+    rate_C1 = torch.as_tensor(rate, dtype=torch.float64).to(theta_CP).expand(count).unsqueeze(1)
     velocity_CP = torch.zeros_like(theta_CP) if config.momentum else None
     loss_C = torch.zeros(count, dtype=torch.float64)
     step = Step(stack, stream, steps_C)

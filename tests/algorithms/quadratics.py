@@ -63,16 +63,27 @@ def states(finished: harness.Finished) -> Any:
 
 
 def personal_params(finished: harness.Finished) -> Floats:
-    """What each client predicts with after the last round: (2, 3)."""
+    """What each client predicts with after the last round: (2, 3), or (M, P) of another run."""
     prepared, last = finished.prepared, finished.records[-1]
+    count = prepared.federation.num_clients
     everybody = last.plan.__class__(
-        last.plan.round_index, np.arange(2, dtype=np.int64), last.plan.learning_rate
+        last.plan.round_index, np.arange(count, dtype=np.int64), last.plan.learning_rate
     )
     message = prepared.algorithm.broadcast(last.server, everybody)
     found = finished.pool.personal_models(everybody, message)
     if not found:
-        return np.tile(global_params(finished), (2, 1))
-    return np.stack([found[i] for i in range(2)])
+        return np.tile(global_params(finished), (count, 1))
+    return np.stack([found[i] for i in range(count)])
+
+
+def as_new_clients(finished: harness.Finished) -> harness.Finished:
+    """The same run and server, with clients that were never seen: what they predict with adapts."""
+    return finished._replace(pool=harness.open_pool(finished.prepared))
+
+
+def change(found: Floats, base: Floats) -> float:
+    """Distance over the length of the base."""
+    return float(np.linalg.norm(found - base) / np.linalg.norm(base))
 
 
 def descend(start: Floats, gradient: Any, steps: int = STEPS, rate: float = RATE) -> Floats:

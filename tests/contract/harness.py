@@ -9,6 +9,7 @@ import torch
 
 from selffl_ray.config import load_config
 from selffl_ray.driver import RoundRecord, Run, run_rounds
+from selffl_ray.errors import ConfigError
 from selffl_ray.experiment import Prepared, prepare_experiment
 from selffl_ray.pool import ClientPool, LocalTransport
 
@@ -32,6 +33,24 @@ class Finished(NamedTuple):
 def prepared_with(method: str, settings: Sequence[str] = DIGITS, *, seed: int = 0) -> Prepared:
     """A small experiment with unequal clients and partial participation."""
     return prepare_experiment(load_config(None, [*settings, f"method={method}", f"seed={seed}"]))
+
+
+def prepared_as_allowed(
+    method: str, settings: Sequence[str] = DIGITS, *, seed: int = 0
+) -> Prepared:
+    """The same, with all clients in every round if the method refuses partial participation."""
+    return prepared_with(method, as_allowed(method, settings), seed=seed)
+
+
+def as_allowed(method: str, settings: Sequence[str]) -> Sequence[str]:
+    """The settings, with full participation if the method refuses anything else by name."""
+    try:
+        prepared_with(method, settings)
+    except ConfigError as error:
+        if not str(error).startswith("training.participation_rate must be 1 "):
+            raise
+        return (*settings, "training.participation_rate=1")
+    return settings
 
 
 def open_pool(prepared: Prepared, num_hosts: int = 1) -> ClientPool:

@@ -44,9 +44,9 @@ def update(prepared, members):
 
 @EVERY
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(name):
-    first = harness.digests(harness.finish(harness.prepared_with(name)))
-    again = harness.digests(harness.finish(harness.prepared_with(name)))
-    other = harness.digests(harness.finish(harness.prepared_with(name, seed=1)))
+    first = harness.digests(harness.finish(harness.prepared_as_allowed(name)))
+    again = harness.digests(harness.finish(harness.prepared_as_allowed(name)))
+    other = harness.digests(harness.finish(harness.prepared_as_allowed(name, seed=1)))
     assert first == again
     assert not set(first) & set(other)
 
@@ -54,7 +54,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(name):
 @EVERY
 @pytest.mark.parametrize("num_hosts", [2, 3, 7])
 def test_results_do_not_depend_on_where_clients_live(name, num_hosts):
-    prepared = harness.prepared_with(name)
+    prepared = harness.prepared_as_allowed(name)
     alone = harness.finish(prepared)
     spread = harness.finish(prepared, num_hosts)
     assert harness.digests(alone) == harness.digests(spread)
@@ -65,7 +65,7 @@ def test_results_do_not_depend_on_where_clients_live(name, num_hosts):
 
 @EVERY
 def test_rows_of_an_update_do_not_depend_on_their_neighbours(name):
-    prepared = harness.prepared_with(name)
+    prepared = harness.prepared_as_allowed(name)
     members = same_length(prepared)
     together = update(prepared, members)
     for row, member in enumerate(members):
@@ -81,7 +81,7 @@ def test_rows_of_an_update_do_not_depend_on_their_neighbours(name):
 
 @EVERY
 def test_an_update_changes_none_of_its_arguments(name):
-    prepared = harness.prepared_with(name)
+    prepared = harness.prepared_as_allowed(name)
     server = harness.start(prepared)
     shared, per_client = prepared.algorithm.broadcast(server, prepared.plans[0])
     members = [int(i) for i in same_length(prepared)]
@@ -102,7 +102,7 @@ def test_an_update_changes_none_of_its_arguments(name):
 
 @EVERY
 def test_a_run_goes_on_from_a_checkpoint_bit_for_bit_on_other_hosts(name, tmp_path):
-    prepared = harness.prepared_with(name)
+    prepared = harness.prepared_as_allowed(name)
     whole = harness.finish(prepared)
     pool = harness.open_pool(prepared)
     rounds = run_rounds(harness.loop(prepared, pool), harness.start(prepared))
@@ -133,7 +133,7 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit_on_other_hosts(name, tmp_pa
 @EVERY
 def test_training_lowers_the_loss_and_beats_guessing(name):
     settings = ("training.num_rounds=15", "evaluation.every=15", "training.num_local_steps=20")
-    prepared = harness.prepared_with(name, settings)
+    prepared = harness.prepared_as_allowed(name, settings)
     last = harness.finish(prepared).records[-1].metrics
     assert last["test/local_accuracy"] > 0.7
     assert last["train/loss"] < 1.0
@@ -149,7 +149,7 @@ def test_one_client_learns_like_plain_training_where_everybody_is_alone(name):
         "training.batch_size=64",
         "training.learning_rate=0.3",
     )
-    prepared = harness.prepared_with(name, settings)
+    prepared = harness.prepared_as_allowed(name, settings)
     done = harness.finish(prepared)
     params = prepared.algorithm.global_params(done.records[-1].server)
     rows = prepared.store.read(prepared.clients[0].train)
@@ -159,6 +159,7 @@ def test_one_client_learns_like_plain_training_where_everybody_is_alone(name):
 
 @EVERY
 def test_it_runs_with_one_participant_a_round_and_with_new_clients(name):
+    """Or with all of them, if it says before the run that it needs them."""
     settings = (
         "training.num_rounds=3",
         "training.num_local_steps=3",
@@ -166,8 +167,11 @@ def test_it_runs_with_one_participant_a_round_and_with_new_clients(name):
         "evaluation.every=1",
         "evaluation.new_clients=0.3",
     )
-    records = harness.finish(harness.prepared_with(name, settings)).records
-    assert all(r.metrics["clients/participants"] == 1 for r in records)
+    prepared = harness.prepared_as_allowed(name, settings)
+    records = harness.finish(prepared).records
+    everybody = prepared.config.training.participation_rate == 1
+    num_asked = prepared.federation.num_clients if everybody else 1
+    assert all(r.metrics["clients/participants"] == num_asked for r in records)
     assert all(math.isfinite(v) for r in records for v in r.metrics.values())
     assert "new/local_accuracy" in records[-1].metrics
 
