@@ -2,7 +2,11 @@
 
 The own part is a row of coordinates (C, H) of the model's (P,); the rest is averaged. For the
 tables the server also averages the own parts of the clients that answered: the global model is the
-shared part with that mean, and nobody is sent it. Bytes count the shared part only.
+shared part, which the server optimizer moves, with that plain mean. Nobody is sent the mean, and
+bytes count the shared part only.
+
+A client that has never trained begins from the common start. To be scored it trains its own part
+under the shared one, which stays as it is, for as many steps as a round has.
 
 Shape letters: C clients of a stack, P parameters, H coordinates of the own part.
 """
@@ -10,25 +14,44 @@ Shape letters: C clients of a stack, P parameters, H coordinates of the own part
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from selffl_ray.algorithms.base import Algorithm, Empty, Federation, Local, Personal, Traffic
-from selffl_ray.algorithms.fedavg import AveragingConfig, Global, Upload, fedavg
+from selffl_ray.algorithms.base import (
+    Algorithm,
+    Empty,
+    Federation,
+    Local,
+    Personal,
+    Record,
+    Reports,
+    Sums,
+    Traffic,
+)
+from selffl_ray.algorithms.fedavg import (
+    AveragingConfig,
+    Global,
+    Server,
+    Upload,
+    average_with,
+    fedavg,
+)
 from selffl_ray.algorithms.fine_tuning import FineTuneConfig, fine_tune
 from selffl_ray.errors import ConfigError
 from selffl_ray.flat import FlatParams, ParamSpec
-from selffl_ray.training import Stack, Trained
+from selffl_ray.registry import server_optimizers
+from selffl_ray.training import Stack, Trained, local_sgd
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartialConfig(AveragingConfig):
     """Options of every method that keeps a part of the model at the clients."""
 
-    fine_tune: FineTuneConfig = field(default_factory=lambda: FineTuneConfig(steps=0))
-    """Further steps on the own part before a client predicts; none by default."""
+    fine_tune: FineTuneConfig | None = None
+    """Further steps on the own part before a client predicts; null is none."""
 
 
 class OwnPart(NamedTuple):
@@ -73,29 +96,56 @@ def partly_shared(
     num_shared = int((~own_P).sum())
     own_P = own_P.clone()
 
+    def whole(shared: Global, state: OwnPart) -> Tensor:
+        return join(own_P, state.params_CH, shared.params_P)
+
     def local_update(shared: Global, per_client: Empty, state: OwnPart, stack: Stack) -> Local:
-        trained = train(stack, join(own_P, state.params_CH, shared.params_P))
+        trained = train(stack, whole(shared, state))
         own = OwnPart(trained.params_CP[:, own_P])
         upload = Upload(trained.params_CP)
         return Local(own, upload, Empty(), trained.loss_C, trained.num_steps_C)
 
+    def adapt(shared: Global, per_client: Empty, state: OwnPart, stack: Stack) -> OwnPart:
+        start_CP = whole(shared, state)
+        trained = local_sgd(stack, start=start_CP, trainable=own_P.to(start_CP.device))
+        return OwnPart(trained.params_CP[:, own_P])
+
     def personalize(shared: Global, per_client: Any, state: OwnPart, stack: Stack) -> Personal:
-        start_CP = join(own_P, state.params_CH, shared.params_P)
-        return fine_tune(config.fine_tune, stack, start_CP, trainable=own_P)
+        start_CP = whole(shared, state)
+        if config.fine_tune is None:
+            return Personal(start_CP, torch.zeros(stack.num_clients, dtype=torch.int64))
+        mask_P = own_P.to(start_CP.device)
+        return fine_tune(config.fine_tune, stack, start_CP, trainable=mask_P)
 
     return replace(
         fedavg(config, federation),
         local_update=local_update,
+        aggregate=_aggregate(config, own_P),
         init_client=lambda params_P, count: OwnPart(params_P[own_P].expand(count, -1)),
         personalize=personalize,
+        adapt=adapt,
         traffic=lambda plan: Traffic(num_shared, num_shared),
         cautions=_cautions(own_P),
     )
+
+
+def _aggregate(
+    config: PartialConfig, own_P: Tensor
+) -> Callable[[Server, Sums, Reports], tuple[Server, Record]]:
+    """A step of the server optimizer of the shared part; the plain mean of the own parts."""
+    step = average_with(server_optimizers.make(config.server), ~own_P)
+
+    def aggregate(server: Server, sums: Sums, reports: Reports) -> tuple[Server, Record]:
+        stepped, record = step(server, sums, reports)
+        mean_P = sums[0].to(stepped.params_P.dtype)
+        return Server(mean_P.where(own_P, stepped.params_P), stepped.memory), record
+
+    return aggregate
 
 
 def _cautions(own_P: Tensor) -> tuple[str, ...]:
     if bool(own_P.all()):
         return ("every layer stays at the clients: nothing is shared, this is local training",)
     if not bool(own_P.any()):
-        return ("every layer is shared: this is FedAvg",)
+        return ("every layer is shared: no client keeps anything to itself, as in FedAvg",)
     return ()
