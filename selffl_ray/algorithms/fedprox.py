@@ -54,7 +54,7 @@ def fedprox(config: FedProxConfig, federation: Federation) -> Algorithm:
 
     def local_update(shared: Global, per_client: Any, state: Any, stack: Stack) -> Local:
         def pull(theta_CP: Tensor) -> Tensor:
-            return config.mu * (theta_CP - shared.params_P)
+            return (theta_CP - shared.params_P).mul_(config.mu)
 
         trained = local_sgd(stack, start=shared.params_P, extra_grad=pull)
         own = Own(trained.params_CP.clone()) if keeps_own else state
