@@ -23,12 +23,12 @@ common ones.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from selffl_ray.algorithms.base import Algorithm, Federation, Mean
-from selffl_ray.algorithms.fedavg import uploaded
+from selffl_ray.algorithms.averaging import WeighedConfig, mean_of_models
+from selffl_ray.algorithms.base import Algorithm, Federation
 from selffl_ray.algorithms.partial import PartialConfig, last_layers, partly_shared
 from selffl_ray.algorithms.phases import Phase, PhasedConfig, alternate, check_phases, phases
 from selffl_ray.registry import register_algorithm
@@ -36,11 +36,8 @@ from selffl_ray.training import Stack, Trained, local_sgd
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedRepConfig(PhasedConfig, PartialConfig):
+class FedRepConfig(PhasedConfig, PartialConfig, WeighedConfig):
     """Options of ``method: fedrep``."""
-
-    aggregation: Literal["uniform", "sample_size"] = "uniform"
-    """Weights of the bodies in the mean: equal ones, or by number of training examples."""
 
 
 @register_algorithm("fedrep", FedRepConfig)
@@ -61,11 +58,8 @@ def fedrep(config: FedRepConfig, federation: Federation) -> Algorithm:
         return alternate(phases(config, stack, head_P), start_CP, one)
 
     base = partly_shared(config, federation, head_P, train)
-    by: Literal["uniform", "num_examples"] = (
-        "num_examples" if config.aggregation == "sample_size" else "uniform"
-    )
     return replace(
         base,
-        reductions=(Mean(uploaded, by=by),),
+        reductions=(mean_of_models(config),),
         cautions=(*base.cautions, *check_phases(config, federation, head_P)),
     )
