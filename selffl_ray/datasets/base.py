@@ -13,8 +13,9 @@ import numpy.typing as npt
 from selffl_ray.errors import ConfigError
 from selffl_ray.tasks import CLASSIFICATION, DataShape, Task
 
-TRAIN, TEST, VAL = 0, 1, 2
-"""Values of the official split of an example."""
+TRAIN, TEST, VAL, UNSEEN = 0, 1, 2, 3
+"""Values of the official split of an example. UNSEEN is every example of a client that the
+publisher keeps out of training: it becomes a new client."""
 
 
 class Group(NamedTuple):
@@ -22,7 +23,7 @@ class Group(NamedTuple):
 
     client_id: the natural client's name; empty in a pool.
     x: (N, *input_shape), uint8 pixels, int64 tokens or floats. y: (N,) int64 labels, or floats.
-    official: (N,) uint8 TRAIN, TEST or VAL as published, or None without a published split.
+    official: (N,) uint8 TRAIN, TEST, VAL or UNSEEN as published, or None without a published split.
     """
 
     client_id: str
@@ -48,7 +49,8 @@ class Dataset:
     shift_scale: for images, pixels 0..255 become (x / 255 - shift) / scale; None leaves x as it is.
     natural: the groups are clients; otherwise they are one pool to be partitioned.
     depends_on_seed: the data are drawn with the experiment's seed.
-    client_ids: natural clients' names in group order, where they are known without reading.
+    version: to be raised when ``read`` gives other groups for the same files, so that stores which
+        an earlier release prepared are not taken for new ones.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Dataset:
     known: Callable[[], KnownVariances] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Parts of an experiment's configuration that suit this set; the user's own keys win."""
+    version: int = 1
 
     def features(self, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Stored inputs as a model takes them: float32 features, or int64 tokens unchanged."""

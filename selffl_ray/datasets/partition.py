@@ -8,6 +8,7 @@ seed, so every process that knows the seed deals the same hand.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,11 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from selffl_ray.datasets.base import TEST, TRAIN, VAL, Dataset
+from selffl_ray.datasets.base import TEST, TRAIN, UNSEEN, VAL, Dataset
 from selffl_ray.datasets.store import Store
 from selffl_ray.errors import ConfigError, DataError
 from selffl_ray.registry import register_partitioner
 from selffl_ray.seeding import generator
+
+logger = logging.getLogger(__name__)
 
 Rows = npt.NDArray[np.int64]
 NO_ROWS: Rows = np.empty(0, np.int64)
@@ -30,7 +33,8 @@ class Hand(NamedTuple):
 
     rows: its own examples; test_rows: examples from the published test part, if the partition
     takes test data from there; quarter_turns: by which its images are turned anticlockwise;
-    val_rows: examples from the published validation part.
+    val_rows: examples from the published validation part; unseen: published as a client that takes
+    no part in training, whose own examples are then all in ``rows``.
     """
 
     client_id: str
@@ -38,6 +42,7 @@ class Hand(NamedTuple):
     test_rows: Rows
     quarter_turns: int = 0
     val_rows: Rows = NO_ROWS
+    unseen: bool = False
 
 
 class Deal(NamedTuple):
@@ -78,6 +83,16 @@ class NaturalConfig:
 
     sizes: SizesConfig | None = None
     """Thin each client to a drawn number of examples (no more than it has)."""
+    min_examples: int = 0
+    """Leave out clients with fewer examples than that, all published parts together."""
+    max_clients: int | None = None
+    """Keep so many of them, drawn with the experiment's seed."""
+
+    def __post_init__(self) -> None:
+        if self.min_examples < 0:
+            raise ConfigError(f"data.partition.min_examples must be >= 0, got {self.min_examples}")
+        if self.max_clients is not None and self.max_clients < 1:
+            raise ConfigError(f"data.partition.max_clients must be >= 1, got {self.max_clients}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,17 +168,52 @@ def natural(config: NaturalConfig, dataset: Dataset, store: Store, seed: int) ->
             f"data.partition.name: {dataset.name} has no clients of its own; use dirichlet, "
             "shards, rotation or iid"
         )
+    client_ids = store.client_ids
+    chosen = _chosen(config, dataset, store, seed)
+    hands = [_natural_hand(store, batch, client_ids[batch]) for batch in chosen]
+    if config.sizes is None:
+        return hands
     rng = generator(seed, "partition")
-    hands = []
-    official = store.official()
-    for batch, client_id in enumerate(store.client_ids):
-        own = np.arange(store.start_rows[batch], store.start_rows[batch + 1])
-        rows, test, val = (own[official[own] == part] for part in (TRAIN, TEST, VAL))
-        if config.sizes is not None:
-            size = min(int(config.sizes.draw(rng, 1)[0]), len(rows))
-            rows = np.sort(rng.permutation(rows)[:size])
-        hands.append(Hand(client_id, rows, test, val_rows=val))
-    return hands
+    thinned = []
+    for hand in hands:
+        size = min(int(config.sizes.draw(rng, 1)[0]), len(hand.rows))
+        thinned.append(hand._replace(rows=np.sort(rng.permutation(hand.rows)[:size])))
+    return thinned
+
+
+def _chosen(config: NaturalConfig, dataset: Dataset, store: Store, seed: int) -> list[int]:
+    """Record batches of clients that are large enough, and of these a drawn number; in order."""
+    sizes = np.diff(store.start_rows)
+    large = np.flatnonzero(sizes >= config.min_examples)
+    if not len(large):
+        raise DataError(
+            f"data.partition.min_examples: none of {len(sizes)} clients of {dataset.name} has "
+            f"{config.min_examples} examples, the largest has {sizes.max()}; lower it"
+        )
+    kept = large
+    if config.max_clients is not None and config.max_clients < len(large):
+        rng = generator(seed, "partition/clients")
+        kept = np.sort(rng.choice(large, size=config.max_clients, replace=False))
+    if len(kept) < len(sizes):
+        logger.info(
+            "%s: %d of %d clients take part; %d have fewer than min_examples=%d",
+            dataset.name, len(kept), len(sizes), len(sizes) - len(large), config.min_examples,
+        )  # fmt: skip
+    return [int(batch) for batch in kept]
+
+
+def _natural_hand(store: Store, batch: int, client_id: str) -> Hand:
+    """What the client of a record batch has; only that batch is read."""
+    own = np.arange(store.start_rows[batch], store.start_rows[batch + 1])
+    part = store.official([batch])
+    unseen = bool(len(own)) and bool((part == UNSEEN).all())
+    if (part == UNSEEN).any() and not unseen:
+        raise DataError(
+            f"{store.folder}: client {client_id!r} is published both in and out of training; its "
+            "reader must mark all of its examples as UNSEEN, or none"
+        )
+    train = own if unseen else own[part == TRAIN]
+    return Hand(client_id, train, own[part == TEST], val_rows=own[part == VAL], unseen=unseen)
 
 
 def _deal_from(config: PooledConfig, dataset: Dataset, store: Store, seed: int) -> Deal:
@@ -179,7 +229,7 @@ def _deal_from(config: PooledConfig, dataset: Dataset, store: Store, seed: int) 
             "parts, which dealing would mix; use natural"
         )
     rows = np.arange(len(official), dtype=np.int64)
-    test_pool = rows[official == TEST]
+    test_pool = rows[(official == TEST) | (official == UNSEEN)]
     if config.test_examples:
         if not len(test_pool):
             raise ConfigError(

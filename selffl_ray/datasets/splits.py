@@ -43,28 +43,36 @@ def split_clients(
 ) -> Partition:
     """Split every client's own rows, and hold out some clients as new.
 
+    Clients that are published as unseen are new in any case, and are split like the others.
+
     Args:
         shares: of train, validation and test; the share of a part that clients were dealt rows of
             their own for must be 0.
-        new_share: share of the clients held out, in [0, 1).
+        new_share: share of the other clients held out besides, in [0, 1).
 
     Raises:
         ConfigError: shares that do not fit. DataError: a client left without training examples.
     """
     _check_shares(hands, shares)
     rows = [_split(hand, shares, seed) for hand in hands]
-    held = round(new_share * len(rows))
+    open_ = [i for i, hand in enumerate(hands) if not hand.unseen]
+    if not open_:
+        raise DataError(
+            f"all {len(hands)} clients are published as unseen, so none is left to train on; give "
+            "the training part of the source too, or raise data.partition.max_clients"
+        )
+    held = round(new_share * len(open_))
     if new_share > 0 and not held:
         raise ConfigError(
-            f"evaluation.new_clients: {new_share} of {len(rows)} clients is none; raise it, or set "
-            "it to 0"
+            f"evaluation.new_clients: {new_share} of {len(open_)} clients is none; raise it, or "
+            "set it to 0"
         )
-    if held >= len(rows):
+    if held >= len(open_):
         raise ConfigError(
-            f"evaluation.new_clients: {new_share} of {len(rows)} clients leaves none to train on"
+            f"evaluation.new_clients: {new_share} of {len(open_)} clients leaves none to train on"
         )
-    order = generator(seed, "new clients").permutation(len(rows))
-    new = set(order[:held].tolist())
+    order = generator(seed, "new clients").permutation(open_)
+    new = {*order[:held].tolist(), *(i for i, hand in enumerate(hands) if hand.unseen)}
     clients = tuple(r for i, r in enumerate(rows) if i not in new)
     return Partition(clients, tuple(rows[i] for i in sorted(new)), _digest(rows, new))
 
@@ -82,12 +90,18 @@ def _check_shares(hands: Sequence[Hand], shares: tuple[float, float, float]) -> 
                 f"share of {part} must be 0, got {list(shares)}; give [train, {fitting}]"
             )
 
+    if shares[2] == 0 and any(hand.unseen for hand in hands):
+        raise ConfigError(
+            "evaluation.splits: clients published as unseen are tested on a part of their own "
+            f"examples, so test needs a share, got {list(shares)}"
+        )
+
 
 def _split(hand: Hand, shares: tuple[float, float, float], seed: int) -> ClientRows:
     if not len(hand.rows):
         raise DataError(
             f"client {hand.client_id!r} has no examples; lower data.partition.num_clients, raise "
-            "alpha, or take the client out of the source"
+            "alpha, set data.partition.min_examples, or take the client out of the source"
         )
     order = generator(seed, "splits", 0, hand.client_id).permutation(hand.rows)
     ends = np.round(np.cumsum(np.asarray(shares) / sum(shares)) * len(order)).astype(np.int64)

@@ -84,6 +84,7 @@ def prepare(dataset: Dataset, options: Any, source: str | None, seed: int, root:
     identity = {
         "version": SCHEMA_VERSION,
         "name": dataset.name,
+        "reader": dataset.version,
         "options": repr(options),
         "files": stamps,
         "seed": seed if dataset.depends_on_seed else None,
@@ -245,10 +246,13 @@ class Store:
         parts = [_flat(self._batch(i).column("y")) for i in range(self.manifest.num_batches)]
         return np.concatenate(parts).reshape(-1, *self.manifest.y_shape)
 
-    def official(self) -> npt.NDArray[np.uint8]:
-        """The published split of all rows: TRAIN, TEST or VAL."""
-        parts = [_flat(self._batch(i).column("official")) for i in range(self.manifest.num_batches)]
-        return np.concatenate(parts)
+    def official(self, batches: Iterable[int] | None = None) -> npt.NDArray[np.uint8]:
+        """The published split of all rows, or of those of some record batches, in their order.
+
+        TRAIN, TEST, VAL or UNSEEN; only the record batches that are asked for are read and checked.
+        """
+        wanted = range(self.manifest.num_batches) if batches is None else batches
+        return np.concatenate([_flat(self._batch(i).column("official")) for i in wanted])
 
     def read(self, rows: Rows) -> Fetched:
         """Copies of the given rows, in that order; the record batches they lie in are checked.

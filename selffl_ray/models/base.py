@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from selffl_ray.errors import ModelError
+from selffl_ray.errors import ConfigError, ModelError
 from selffl_ray.flat import FlatParams, ParamSpec
 from selffl_ray.tasks import DataShape
 
@@ -35,6 +35,19 @@ class Model:
     apply: Callable[[Leaves, Tensor], Tensor]
     init: Callable[[np.random.Generator], FlatParams]
     stacks_on_cpu: bool = True
+
+
+def refuse_tokens(name: str, shape: DataShape) -> None:
+    """Of a model that takes numbers: token ids are names, not quantities.
+
+    Raises:
+        ConfigError: the examples are tokens.
+    """
+    if shape.num_tokens is not None:
+        raise ConfigError(
+            f"model.name {name} needs features, but the examples are tokens out of "
+            f"{shape.num_tokens}; use textcnn"
+        )
 
 
 ModuleFactory = Callable[[], nn.Module]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from selffl_ray.errors import ConfigError
 from selffl_ray.flat import FlatParams, ParamSpec
-from selffl_ray.models.base import Leaves, Model
+from selffl_ray.models.base import Leaves, Model, refuse_tokens
 from selffl_ray.models.mlp import dense_init, dense_spec, dense_stack
 from selffl_ray.registry import register_model
 from selffl_ray.tasks import DataShape
@@ -54,6 +54,7 @@ def cnn(config: CNNConfig, shape: DataShape) -> Model:
 
     A stack is one grouped convolution. On a CPU rows go one by one, which is faster there.
     """
+    refuse_tokens("cnn", shape)
     features, convs = _conv_shapes(config, shape)
     widths = (features, *config.hidden, shape.num_outputs)
     dense = dense_spec([*(f"hidden{i}" for i in range(len(config.hidden))), "output"], widths)

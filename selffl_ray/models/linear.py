@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from selffl_ray.flat import FlatParams, ParamSpec
-from selffl_ray.models.base import Leaves, Model
+from selffl_ray.models.base import Leaves, Model, refuse_tokens
 from selffl_ray.registry import register_model
 from selffl_ray.tasks import DataShape
 
@@ -30,6 +30,7 @@ class LinearConfig:
 @register_model("linear", LinearConfig)
 def linear(config: LinearConfig, shape: DataShape) -> Model:
     """Outputs = x W (+ b), weights stored (inputs, outputs). Starts at 0: the problem is convex."""
+    refuse_tokens("linear", shape)
     inputs = math.prod(shape.input_shape)
     names: tuple[str, ...] = ("output.weight", "output.bias")
     shapes: tuple[tuple[int, ...], ...] = ((inputs, shape.num_outputs), (shape.num_outputs,))

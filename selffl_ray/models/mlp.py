@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selffl_ray.errors import ConfigError
 from selffl_ray.flat import FlatParams, ParamSpec
-from selffl_ray.models.base import Leaves, Model
+from selffl_ray.models.base import Leaves, Model, refuse_tokens
 from selffl_ray.registry import register_model
 from selffl_ray.tasks import DataShape
 
@@ -36,6 +36,7 @@ def mlp(config: MLPConfig, shape: DataShape) -> Model:
     Start: weights N(0, 2 / inputs) before a ReLU and N(0, 1 / inputs) in the last layer, biases 0.
     Source: He et al. 2015, "Delving deep into rectifiers".
     """
+    refuse_tokens("mlp", shape)
     widths = (math.prod(shape.input_shape), *config.hidden, shape.num_outputs)
     names = [*(f"hidden{i}" for i in range(len(config.hidden))), "output"]
     spec = dense_spec(names, widths)

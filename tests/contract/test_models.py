@@ -12,12 +12,23 @@ from selffl_ray.registry import Component, models
 from selffl_ray.tasks import CLASSIFICATION, DataShape
 
 SHAPE = DataShape((1, 16, 16), 5)
+SHAPES = {"textcnn": DataShape((12,), 5, num_tokens=30)}
+"""Of models that do not take images."""
 OPTIONS = {"cnn": {"channels": (4, 6), "kernel": 3, "hidden": (16,)}}
 
 
 def build(name):
     kind = models.get(name).config_type
-    return build_model(ModelConfig(component=Component(name, kind(**OPTIONS.get(name, {})))), SHAPE)
+    component = Component(name, kind(**OPTIONS.get(name, {})))
+    return build_model(ModelConfig(component=component), SHAPES.get(name, SHAPE))
+
+
+def inputs(rng, model, *size):
+    """Numbers, or tokens for a model that takes them."""
+    shape = (*size, *model.shape.input_shape)
+    if model.shape.num_tokens is not None:
+        return torch.from_numpy(rng.integers(model.shape.num_tokens, size=shape))
+    return torch.from_numpy(rng.normal(size=shape)).float()
 
 
 @pytest.mark.parametrize("name", models.names())
@@ -27,7 +38,7 @@ def test_rows_have_the_same_outputs_and_gradients_at_any_height_and_place(name):
     rng = np.random.default_rng(0)
     theta = torch.from_numpy(rng.normal(scale=0.1, size=(7, model.spec.num_params)))
     theta = theta.to(model.spec.dtype)
-    x = torch.from_numpy(rng.normal(size=(7, 6, *SHAPE.input_shape))).float()
+    x = inputs(rng, model, 7, 6)
     y = torch.from_numpy(rng.integers(5, size=(7, 6)))
     weight = torch.full((7, 6), 1 / 6)
     loss, grad = engine.loss_and_grad(theta, x, y, weight)
@@ -56,7 +67,7 @@ def test_outputs_have_the_promised_shape_and_every_layer_a_name(name):
     model = build(name)
     engine = RowEngine(model, CLASSIFICATION, torch.device("cpu"))
     theta = torch.from_numpy(start_params(model, 0))[None]
-    outputs = engine.outputs(theta, torch.zeros((3, 2, *SHAPE.input_shape)))
-    assert outputs.shape == (3, 2, SHAPE.num_outputs)
+    outputs = engine.outputs(theta, inputs(np.random.default_rng(0), model, 3, 2))
+    assert outputs.shape == (3, 2, model.shape.num_outputs)
     assert set(model.spec.groups("layer").names) == set(model.spec.layers)
     assert model.spec.groups("layer").sizes_G.sum() == model.spec.num_params

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from selffl_ray.client_data import ClientData
 from selffl_ray.datasets import splits
-from selffl_ray.datasets.base import TEST, TRAIN, VAL, Dataset, Group, no_files
+from selffl_ray.datasets.base import TEST, TRAIN, UNSEEN, VAL, Dataset, Group, no_files
 from selffl_ray.datasets.gaussian import GaussianConfig
 from selffl_ray.datasets.partition import (
     DirichletConfig,
@@ -200,6 +200,109 @@ def test_sizes_thin_natural_clients_at_random_to_no_more_than_they_have():
     assert hands[0].rows.tolist() != other[0].rows.tolist()
 
 
+UNSEEN_SET = made(
+    "toy_unseen",
+    [
+        balanced(30, TRAIN, 8)._replace(client_id="anna"),
+        balanced(12, UNSEEN, 9)._replace(client_id="bert"),
+        balanced(0, TRAIN, 10)._replace(client_id="carl"),
+    ],
+    natural=True,
+)
+
+
+def test_a_client_published_as_unseen_keeps_its_examples_as_its_own():
+    hands, _ = deal("natural", NaturalConfig(), dataset=UNSEEN_SET)
+    assert [(h.client_id, len(h.rows), len(h.test_rows), h.unseen) for h in hands] == [
+        ("anna", 30, 0, False),
+        ("bert", 12, 0, True),
+        ("carl", 0, 0, False),
+    ]
+    assert hands[1].rows.tolist() == list(range(30, 42))
+
+
+def test_a_client_published_both_in_and_out_of_training_is_refused():
+    mixed = balanced(4, TRAIN, 11)._replace(
+        client_id="dora", official=np.repeat([TRAIN, UNSEEN], 2).astype(np.uint8)
+    )
+    with pytest.raises(DataError, match="client 'dora' is published both in and out of training"):
+        deal("natural", NaturalConfig(), dataset=made("toy_mixed", [mixed], natural=True))
+
+
+def test_examples_of_unseen_clients_are_dealt_as_test_rows_of_a_pool():
+    config = PooledConfig(num_clients=3, test_examples=1)
+    hands, _ = deal("iid", config, dataset=UNSEEN_SET)
+    assert sorted(np.concatenate([hand.rows for hand in hands])) == list(range(30))
+    assert all(set(hand.test_rows.tolist()) <= set(range(30, 42)) for hand in hands)
+
+
+@pytest.mark.parametrize(
+    ("least", "expected"),
+    [(0, ["anna", "bert", "carl"]), (1, ["anna", "bert", "carl"]), (5, ["anna", "bert"]),
+     (30, ["anna", "bert"]), (31, ["anna"])],
+)  # fmt: skip
+def test_clients_with_fewer_examples_in_all_parts_together_are_left_out(least, expected):
+    hands, _ = deal("natural", NaturalConfig(min_examples=least), dataset=NATURAL)
+    assert [hand.client_id for hand in hands] == expected
+    everybody, _ = deal("natural", NaturalConfig(), dataset=NATURAL)
+    by_id = {hand.client_id: hand for hand in everybody}
+    for hand in hands:
+        np.testing.assert_array_equal(hand.rows, by_id[hand.client_id].rows)
+
+
+MANY = made(
+    "toy_many",
+    [balanced(1 + n % 7, TRAIN, n)._replace(client_id=f"client-{n}") for n in range(40)],
+    natural=True,
+)
+
+
+def test_a_number_of_the_large_clients_is_drawn_with_the_seed_and_kept_in_order():
+    config = NaturalConfig(min_examples=4, max_clients=9)
+    hands, store = deal("natural", config, dataset=MANY)
+    assert len(hands) == 9
+    assert min(len(hand.rows) for hand in hands) >= 4
+    places = [store.client_ids.index(hand.client_id) for hand in hands]
+    assert places == sorted(places)
+    again, _ = deal("natural", config, dataset=MANY)
+    other, _ = deal("natural", config, dataset=MANY, seed=1)
+    assert [h.client_id for h in again] == [h.client_id for h in hands]
+    assert [h.client_id for h in other] != [h.client_id for h in hands]
+
+
+def test_clients_that_are_left_out_are_not_read(monkeypatch):
+    store, read = store_of(MANY), []
+    batch = store._batch
+    monkeypatch.setattr(store, "_batch", lambda index: read.append(index) or batch(index))
+    config = Component("natural", NaturalConfig(min_examples=7, max_clients=3))
+    hands = partitioners.make(config, MANY, store, 0)
+    assert [f"client-{index}" for index in read] == [hand.client_id for hand in hands]
+    assert len(read) == 3
+
+
+def test_every_client_is_drawn_equally_often():
+    """Of 400 draws of 10 out of 40 each client is in 100, standard deviation 8.7."""
+    store = store_of(MANY)
+    counts = np.zeros(40)
+    for seed in range(400):
+        dealt = partitioners.make(
+            Component("natural", NaturalConfig(max_clients=10)), MANY, store, seed
+        )
+        counts[[store.client_ids.index(hand.client_id) for hand in dealt]] += 1
+    assert np.abs(counts - 100).max() < 5 * 8.7
+
+
+def test_a_number_of_clients_beyond_all_keeps_all():
+    hands, _ = deal("natural", NaturalConfig(max_clients=41), dataset=MANY)
+    assert len(hands) == 40
+
+
+def test_asking_for_more_examples_than_anybody_has_is_refused():
+    message = "min_examples: none of 3 clients of toy_natural has 51 examples, the largest has 50"
+    with pytest.raises(DataError, match=message):
+        deal("natural", NaturalConfig(min_examples=51), dataset=NATURAL)
+
+
 # -- pools ----------------------------------------------------------------------------------------
 
 
@@ -345,6 +448,8 @@ def test_without_test_examples_the_published_test_part_is_dealt_too():
     [
         (lambda: SizesConfig(min=0, max=5), r"sizes needs 1 <= min <= max, got 0 and 5"),
         (lambda: SizesConfig(min=6, max=5), r"sizes needs 1 <= min <= max, got 6 and 5"),
+        (lambda: NaturalConfig(min_examples=-1), r"partition\.min_examples must be >= 0, got -1"),
+        (lambda: NaturalConfig(max_clients=0), r"partition\.max_clients must be >= 1, got 0"),
         (lambda: PooledConfig(num_clients=0), r"partition\.num_clients must be >= 1, got 0"),
         (lambda: PooledConfig(test_examples=-1), r"partition\.test_examples must be >= 0: -1"),
         (lambda: DirichletConfig(alpha=0.0), r"partition\.alpha must be > 0, got 0\.0"),

@@ -134,6 +134,27 @@ def test_holding_a_client_out_changes_no_split():
         assert client.train.tolist() == by_id[client.client_id]
 
 
+def test_clients_published_as_unseen_are_new_whatever_the_share():
+    hands = hands_of([10] * 8)
+    for at in (2, 5):
+        hands[at] = hands[at]._replace(unseen=True)
+    partition = split_clients(hands, SHARES, 0.0, 0)
+    assert [c.client_id for c in partition.new_clients] == ["client-2", "client-5"]
+    assert [len(c.train) for c in partition.new_clients] == [6, 6]
+    drawn = {c.client_id for c in split_clients(hands, SHARES, 0.5, 0).new_clients}
+    assert {"client-2", "client-5"} < drawn
+    assert len(drawn) == 2 + 3
+
+
+def test_unseen_clients_need_others_to_train_on_and_a_test_share():
+    hands = [hand._replace(unseen=True) for hand in hands_of([10] * 3)]
+    with pytest.raises(DataError, match="all 3 clients are published as unseen, so none is left"):
+        split_clients(hands, SHARES, 0.0, 0)
+    mixed = [*hands, *hands_of([10])]
+    with pytest.raises(ConfigError, match=r"unseen are tested on .* got \[0\.8, 0\.2, 0\.0\]"):
+        split_clients(mixed, (0.8, 0.2, 0.0), 0.0, 0)
+
+
 # -- digest ---------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import subprocess
@@ -179,6 +180,16 @@ def test_a_store_is_built_once_and_again_for_other_options_files_or_seeds(tmp_pa
     assert read == [1, 1, 1, 2]
     source.write_text("other")
     assert prepare(fixed, "options", None, 1, root).folder != first.folder
+
+
+def test_another_version_of_a_reader_is_another_store_with_the_digest_of_its_content(tmp_path):
+    old = dataclasses.replace(made(CLIENTS), version=1)
+    new = dataclasses.replace(made([*CLIENTS[:2], CLIENTS[2]._replace(client_id="d")]), version=2)
+    first, other = (prepare(d, None, None, 0, tmp_path) for d in (old, new))
+    assert other.client_ids == ["anna", "bert", "d"]
+    assert prepare(old, None, None, 0, tmp_path).folder == first.folder != other.folder
+    same = prepare(dataclasses.replace(old, version=3), None, None, 0, tmp_path)
+    assert same.manifest.digest == first.manifest.digest != other.manifest.digest
 
 
 def test_stores_lie_where_the_environment_says(monkeypatch, tmp_path):
