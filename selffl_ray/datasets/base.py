@@ -13,8 +13,8 @@ import numpy.typing as npt
 from selffl_ray.errors import ConfigError
 from selffl_ray.tasks import CLASSIFICATION, DataShape, Task
 
-TRAIN, TEST, VAL = 0, 1, 2
-"""Values of the official split of an example."""
+TRAIN, TEST, VAL, NEW = 0, 1, 2, 3
+"""Values of the official split of an example; NEW: of a client that is published as unseen."""
 
 
 class Group(NamedTuple):
@@ -22,7 +22,8 @@ class Group(NamedTuple):
 
     client_id: the natural client's name; empty in a pool.
     x: (N, *input_shape), uint8 pixels, int64 tokens or floats. y: (N,) int64 labels, or floats.
-    official: (N,) uint8 TRAIN, TEST or VAL as published, or None without a published split.
+    official: (N,) uint8 TRAIN, TEST or VAL as published, or None without a published split; all
+        NEW if the whole client is to be held out as new.
     """
 
     client_id: str

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from selffl_ray.datasets.base import TEST, TRAIN, VAL, Dataset
+from selffl_ray.datasets.base import NEW, TEST, TRAIN, VAL, Dataset
 from selffl_ray.datasets.store import Store
 from selffl_ray.errors import ConfigError, DataError
 from selffl_ray.registry import register_partitioner
@@ -30,7 +30,7 @@ class Hand(NamedTuple):
 
     rows: its own examples; test_rows: examples from the published test part, if the partition
     takes test data from there; quarter_turns: by which its images are turned anticlockwise;
-    val_rows: examples from the published validation part.
+    val_rows: examples from the published validation part; new: published as an unseen client.
     """
 
     client_id: str
@@ -38,6 +38,7 @@ class Hand(NamedTuple):
     test_rows: Rows
     quarter_turns: int = 0
     val_rows: Rows = NO_ROWS
+    new: bool = False
 
 
 class Deal(NamedTuple):
@@ -158,11 +159,17 @@ def natural(config: NaturalConfig, dataset: Dataset, store: Store, seed: int) ->
     official = store.official()
     for batch, client_id in enumerate(store.client_ids):
         own = np.arange(store.start_rows[batch], store.start_rows[batch + 1])
-        rows, test, val = (own[official[own] == part] for part in (TRAIN, TEST, VAL))
+        rows, test, val, new = (own[official[own] == part] for part in (TRAIN, TEST, VAL, NEW))
+        if 0 < len(new) < len(own):
+            raise DataError(
+                f"{dataset.name}: client {client_id!r} is published as new with {len(new)} of its "
+                f"{len(own)} examples; a client is new with all of them or none"
+            )
+        rows = new if len(new) else rows
         if config.sizes is not None:
             size = min(int(config.sizes.draw(rng, 1)[0]), len(rows))
             rows = np.sort(rng.permutation(rows)[:size])
-        hands.append(Hand(client_id, rows, test, val_rows=val))
+        hands.append(Hand(client_id, rows, test, val_rows=val, new=len(new) > 0))
     return hands
 
 
@@ -177,6 +184,11 @@ def _deal_from(config: PooledConfig, dataset: Dataset, store: Store, seed: int) 
         raise ConfigError(
             f"data.partition.name: {dataset.name} is published as training, validation and test "
             "parts, which dealing would mix; use natural"
+        )
+    if (official == NEW).any():
+        raise ConfigError(
+            f"data.partition.name: {dataset.name} has clients that are published as new, which "
+            "dealing would mix with the others; use natural"
         )
     rows = np.arange(len(official), dtype=np.int64)
     test_pool = rows[official == TEST]

@@ -43,30 +43,46 @@ def split_clients(
 ) -> Partition:
     """Split every client's own rows, and hold out some clients as new.
 
+    Clients that are published as new are those; otherwise a share is drawn.
+
     Args:
         shares: of train, validation and test; the share of a part that clients were dealt rows of
             their own for must be 0.
         new_share: share of the clients held out, in [0, 1).
 
     Raises:
-        ConfigError: shares that do not fit. DataError: a client left without training examples.
+        ConfigError: shares that do not fit. DataError: a client left without training examples, or
+            all of them published as new.
     """
     _check_shares(hands, shares)
     rows = [_split(hand, shares, seed) for hand in hands]
-    held = round(new_share * len(rows))
-    if new_share > 0 and not held:
-        raise ConfigError(
-            f"evaluation.new_clients: {new_share} of {len(rows)} clients is none; raise it, or set "
-            "it to 0"
-        )
-    if held >= len(rows):
-        raise ConfigError(
-            f"evaluation.new_clients: {new_share} of {len(rows)} clients leaves none to train on"
-        )
-    order = generator(seed, "new clients").permutation(len(rows))
-    new = set(order[:held].tolist())
+    new = _new_clients(hands, new_share, seed)
     clients = tuple(r for i, r in enumerate(rows) if i not in new)
     return Partition(clients, tuple(rows[i] for i in sorted(new)), _digest(rows, new))
+
+
+def _new_clients(hands: Sequence[Hand], new_share: float, seed: int) -> set[int]:
+    """Places of the clients held out as new: those published as such, or a share drawn."""
+    named = {i for i, hand in enumerate(hands) if hand.new}
+    if named and new_share > 0:
+        raise ConfigError(
+            f"evaluation.new_clients: the data name {len(named)} of {len(hands)} clients as new, "
+            f"so no share is drawn, got {new_share}; leave it out"
+        )
+    if len(named) == len(hands):
+        raise DataError("all clients are published as new, which leaves none to train on")
+    held = round(new_share * len(hands))
+    if new_share > 0 and not held:
+        raise ConfigError(
+            f"evaluation.new_clients: {new_share} of {len(hands)} clients is none; raise it, or "
+            "set it to 0"
+        )
+    if held >= len(hands):
+        raise ConfigError(
+            f"evaluation.new_clients: {new_share} of {len(hands)} clients leaves none to train on"
+        )
+    order = generator(seed, "new clients").permutation(len(hands))
+    return named | set(order[:held].tolist())
 
 
 def _check_shares(hands: Sequence[Hand], shares: tuple[float, float, float]) -> None:

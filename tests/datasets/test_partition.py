@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from selffl_ray.client_data import ClientData
 from selffl_ray.datasets import splits
-from selffl_ray.datasets.base import TEST, TRAIN, VAL, Dataset, Group, no_files
+from selffl_ray.datasets.base import NEW, TEST, TRAIN, VAL, Dataset, Group, no_files
 from selffl_ray.datasets.gaussian import GaussianConfig
 from selffl_ray.datasets.partition import (
     DirichletConfig,
@@ -75,6 +75,16 @@ THREE_PARTS = made(
             client_id=client_id, official=np.repeat([TRAIN, VAL, TEST], [9, 5, 6]).astype(np.uint8)
         )
         for client_id in ("anna", "bert")
+    ],
+    natural=True,
+)
+
+
+WITH_NEW = made(
+    "toy_with_new",
+    [
+        balanced(20, TRAIN, 8)._replace(client_id="anna"),
+        balanced(9, NEW, 9)._replace(client_id="bo"),
     ],
     natural=True,
 )
@@ -431,3 +441,33 @@ def test_targets_of_a_regression_cannot_be_dealt_by_label(name):
     dataset = datasets.make(Component("gaussian", GaussianConfig(num_clients=3)))
     with pytest.raises(ConfigError, match="gaussian has no class labels to deal by; use natural"):
         deal(name, CONFIGS[name](), dataset=dataset)
+
+
+# -- clients published as new ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "numbers"), [(None, [20, 9]), (SizesConfig(min=5, max=5), [5, 5])]
+)
+def test_a_client_that_is_published_as_new_has_its_rows_and_is_marked(sizes, numbers):
+    (anna, bo), store = deal("natural", NaturalConfig(sizes=sizes), dataset=WITH_NEW)
+    assert (anna.new, bo.new) == (False, True)
+    assert [len(hand.rows) for hand in (anna, bo)] == numbers
+    assert not len(bo.test_rows)
+    assert set(store.official()[bo.rows].tolist()) == {NEW}
+
+
+def test_a_client_that_is_new_in_part_is_refused():
+    official = np.repeat([TRAIN, NEW], [7, 3]).astype(np.uint8)
+    group = balanced(10, TRAIN, 1)._replace(client_id="carl", official=official)
+    half = made("toy_half_new", [group], natural=True)
+    message = r"toy_half_new: client 'carl' is published as new with 3 of its 10 examples; a client"
+    with pytest.raises(DataError, match=message):
+        deal("natural", NaturalConfig(), dataset=half)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_new_clients_are_not_mixed_with_the_others(name):
+    message = r"toy_with_new has clients that are published as new, .*; use natural"
+    with pytest.raises(ConfigError, match=message):
+        deal(name, CONFIGS[name](num_clients=2), dataset=WITH_NEW)

@@ -134,6 +134,33 @@ def test_holding_a_client_out_changes_no_split():
         assert client.train.tolist() == by_id[client.client_id]
 
 
+def with_new(hands, *places):
+    return [hand._replace(new=at in places) for at, hand in enumerate(hands)]
+
+
+def test_clients_that_are_published_as_new_are_held_out_whatever_the_seed():
+    hands = with_new(hands_of([10] * 6), 1, 4)
+    for seed in range(3):
+        partition = split_clients(hands, SHARES, 0.0, seed)
+        assert [c.client_id for c in partition.new_clients] == ["client-1", "client-4"]
+        assert [c.client_id for c in partition.clients] == [f"client-{m}" for m in (0, 2, 3, 5)]
+        for client in (*partition.clients, *partition.new_clients):
+            assert [len(part) for part in (client.train, client.val, client.test)] == [6, 2, 2]
+    plain = split_clients(hands_of([10] * 6), SHARES, 0.0, 0)
+    assert plain.digest != split_clients(hands, SHARES, 0.0, 0).digest
+
+
+def test_a_share_of_new_clients_beside_published_ones_is_refused():
+    message = r"new_clients: the data name 2 of 6 clients as new, so no share is drawn, got 0\.5"
+    with pytest.raises(ConfigError, match=message):
+        split_clients(with_new(hands_of([10] * 6), 1, 4), SHARES, 0.5, 0)
+
+
+def test_data_that_name_everybody_as_new_are_refused():
+    with pytest.raises(DataError, match="all clients are published as new, which leaves none"):
+        split_clients(with_new(hands_of([10] * 2), 0, 1), SHARES, 0.0, 0)
+
+
 # -- digest ---------------------------------------------------------------------------------------
 
 
