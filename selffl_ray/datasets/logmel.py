@@ -5,7 +5,8 @@ triangular bands that are equally wide on the mel scale (2595 log10(1 + f / 700)
 become levels in decibels. 0 dB is a tone at full scale; everything under -80 dB counts as silence.
 The input is level / 40 + 2, so that silence is 0 and speech lies between 0 and about 2. This scale
 is fixed: unlike means and deviations over the clients' data it needs no exchange before the first
-round, and what one clip holds changes no other clip's input.
+round, and what one clip holds changes no other clip's input. Inputs are rounded to 1/1024, so that
+machines whose arithmetic differs in the last bits build the same store.
 
 Shape letters: N clips, T measurements, F frames, M mel bands, K bins of a spectrum.
 """
@@ -24,6 +25,7 @@ from selffl_ray.errors import ConfigError
 LOWEST_HZ = 20.0
 FLOOR_DB = -80.0
 DB_PER_UNIT = 40.0
+STEPS_PER_UNIT = 1024
 
 PIECE = 64
 """Clips whose frames are in memory at once."""
@@ -126,5 +128,6 @@ def log_mel(sounds: Sequence[Floats], config: LogMelConfig) -> npt.NDArray[np.fl
         power_NFK = np.square(np.abs(waves) * (2.0 / hann.sum()))
         quiet = 10.0 ** (FLOOR_DB / 10.0)
         level = 10.0 * np.log10(np.maximum(power_NFK @ weights_KM, quiet))
-        inputs[start : start + PIECE, 0] = ((level - FLOOR_DB) / DB_PER_UNIT).transpose(0, 2, 1)
+        steps = np.round((level - FLOOR_DB) * (STEPS_PER_UNIT / DB_PER_UNIT))
+        inputs[start : start + PIECE, 0] = (steps / STEPS_PER_UNIT).transpose(0, 2, 1)
     return inputs

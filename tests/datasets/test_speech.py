@@ -108,7 +108,7 @@ def test_no_cut_of_a_file_is_believed(stores, cut):
         read_wav(path, 8_000)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(at=st.integers(0, 60), byte=st.integers(0, 255))
 def test_a_changed_header_is_another_sound_or_refused_but_never_another_error(stores, at, byte):
     path = stores / "changed.wav"
