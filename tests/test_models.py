@@ -97,6 +97,10 @@ def test_the_mlp_is_dense_layers_with_relu_between_them(hidden):
 CNNS = {
     "default": (CNNConfig(hidden=(12,)), MNIST),
     "two channels": (CNNConfig(channels=(5, 6), kernel=2, hidden=(7, 8)), SMALL),
+    "log-mel, more bands than frames": (
+        CNNConfig(channels=(4, 6), hidden=(9,)),
+        DataShape((1, 40, 30), 10),
+    ),
     "stride, padding, no pooling": (
         CNNConfig(channels=(5,), kernel=4, stride=2, padding=2, pool=1, hidden=()),
         SMALL,

@@ -53,10 +53,15 @@ class IdxConfig:
     """Keep only the first so many training examples (and all of the test ones)."""
 
     def __post_init__(self) -> None:
-        if self.pool not in (1, 2, 4, 7, 14):
-            raise ConfigError(f"data.pool must divide 28 (1, 2, 4, 7 or 14), got {self.pool}")
+        check_pool(self.pool)
         if self.max_examples is not None and self.max_examples < 1:
             raise ConfigError(f"data.max_examples must be >= 1, got {self.max_examples}")
+
+
+def check_pool(side: int) -> None:
+    """Refuse squares that do not tile an image of 28x28."""
+    if side not in (1, 2, 4, 7, 14):
+        raise ConfigError(f"data.pool must divide 28 (1, 2, 4, 7 or 14), got {side}")
 
 
 @register_dataset("fashion_mnist", IdxConfig)
@@ -107,7 +112,7 @@ def _idx_set(
             at = "data.source is not set" if folder is None else f"there is no folder {folder}"
             raise DataError(f"{name}: {at}; {remedy}")
         return tuple(
-            _find_file(folder, f"{part}-{kind}")
+            find_file(folder, f"{part}-{kind}")
             for part in ("train", "t10k")
             for kind in ("images", "labels")
         )
@@ -117,7 +122,7 @@ def _idx_set(
         test_x, test_y = read_pair(files[2], files[3])
         keep = slice(0, config.max_examples)
         for x, y, part in ((train_x[keep], train_y[keep], TRAIN), (test_x, test_y, TEST)):
-            pixels = _average(x, config.pool)
+            pixels = average(x, config.pool)
             yield Group("", pixels[:, None], y, np.full(len(y), part, np.uint8))
 
     side = 28 // config.pool
@@ -134,7 +139,7 @@ def _idx_set(
     )
 
 
-def _average(images: npt.NDArray[np.uint8], side: int) -> npt.NDArray[Any]:
+def average(images: npt.NDArray[np.uint8], side: int) -> npt.NDArray[Any]:
     """Mean over squares, kept on the scale 0..255; uint8 where nothing is averaged."""
     if side == 1:
         return images
@@ -144,7 +149,12 @@ def _average(images: npt.NDArray[np.uint8], side: int) -> npt.NDArray[Any]:
     return pixels.astype(np.float32)
 
 
-def _find_file(folder: Path, stem: str) -> Path:
+def find_file(folder: Path, stem: str) -> Path:
+    """The file of that stem (``train-images``, ...), in the folder or in its ``raw``.
+
+    Raises:
+        DataError: it is not there.
+    """
     kind = "idx3" if stem.endswith("images") else "idx1"
     names = [f"{stem}-{kind}-ubyte", f"{stem}.{kind}-ubyte"]
     for base in (folder, folder / "raw"):
@@ -191,17 +201,22 @@ def read_idx(path: Path) -> npt.NDArray[Any]:
     return np.frombuffer(raw, dtype, offset=header).reshape(shape)
 
 
-def read_pair(images: Path, labels: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def read_pair(
+    images: Path, labels: Path, known: range = range(10)
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """Images (N, 28, 28) uint8 and labels (N,) int64 of two files that belong together.
 
     Raises:
-        DataError: counts that disagree, images that are not 28x28 bytes, labels outside 0..9.
+        DataError: counts that disagree, images that are not 28x28 bytes, labels that are not known.
     """
     x, y = read_idx(images), read_idx(labels)
     if x.ndim != 3 or x.shape[1:] != (28, 28) or x.dtype != np.uint8:
         raise DataError(f"{images}: expected images of 28x28 bytes, got {x.dtype} {x.shape}")
     if y.ndim != 1 or len(y) != len(x):
         raise DataError(f"{labels}: {y.shape} labels for {len(x)} images in {images.name}")
-    if len(y) and not 0 <= int(y.min()) <= int(y.max()) <= 9:
-        raise DataError(f"{labels}: labels must lie in 0..9, found {int(y.min())}..{int(y.max())}")
+    if len(y) and not (int(y.min()) in known and int(y.max()) in known):
+        raise DataError(
+            f"{labels}: labels must lie in {known[0]}..{known[-1]}, found "
+            f"{int(y.min())}..{int(y.max())}"
+        )
     return np.asarray(x), y.astype(np.int64)

@@ -30,6 +30,9 @@ SCHEMA_VERSION = 1
 POOL_PIECE = 8192
 """Rows of a record batch of a pool."""
 
+MOST_NAMED = 12
+"""Files that a manifest names one by one."""
+
 COLUMNS = ["x", "y", "official"]
 
 BROKEN = (OSError, ValueError, TypeError, KeyError, pa.ArrowException)
@@ -92,8 +95,15 @@ def prepare(dataset: Dataset, options: Any, source: str | None, seed: int, root:
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder = root / f"{dataset.name}-{key}"
     if not (folder / "manifest.json").exists():
-        _build(dataset, dataset.read(files, seed), ", ".join(map(str, files)), folder)
+        _build(dataset, dataset.read(files, seed), _source(files), folder)
     return Store(folder)
+
+
+def _source(files: tuple[Path, ...]) -> str:
+    """The files by name if they are few, else the folder that all lie in and their number."""
+    if len(files) <= MOST_NAMED:
+        return ", ".join(map(str, files))
+    return f"{os.path.commonpath(files)} ({len(files)} files)"
 
 
 def _build(dataset: Dataset, groups: Iterable[Group], source: str, folder: Path) -> None:

@@ -21,17 +21,17 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from selffl_ray.datasets import inert_pickle
 from selffl_ray.datasets.base import TEST, TRAIN, VAL, Dataset, Group
+from selffl_ray.datasets.inert_pickle import BROKEN
 from selffl_ray.errors import ConfigError, DataError
 from selffl_ray.registry import register_dataset
 from selffl_ray.tasks import DataShape
@@ -53,10 +53,8 @@ NUM_STATISTICS = 12
 NPY_1_0 = b"\x93NUMPY\x01\x00"
 ONE_OBJECT = b"{'descr': '|O', 'fortran_order': False, 'shape': (), }"
 """How a .npy file starts, and the header of one that holds a pickled object."""
-
-BROKEN = (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError,
-          OverflowError, MemoryError)  # fmt: skip
-"""What unpickling a file that is not as it was written may raise."""
+NUMBERS = ("<f8", "<i8")
+"""Types of the arrays in the file."""
 
 Floats = npt.NDArray[np.float64]
 Parts = npt.NDArray[np.uint8]
@@ -248,61 +246,6 @@ def _standardised(groups: Sequence[Group]) -> list[Group]:
 # -- the file -------------------------------------------------------------------------------------
 
 
-class _Dtype:
-    """Notes what a pickle says of an element type."""
-
-    def __init__(self, code: str, *_: Any) -> None:
-        self.code, self.order = code, "|"
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.order = state[1]
-
-
-class _Array:
-    """Notes what a pickle says of an array."""
-
-    def __init__(self, *_: Any) -> None:
-        self.shape: tuple[int, ...] = ()
-        self.type, self.column_major, self.raw = "unknown", False, b""
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, self.shape, dtype, self.column_major, self.raw = state
-        self.type = dtype.order + dtype.code
-
-    def numbers(self) -> npt.NDArray[Any]:
-        """The array, if it holds plain numbers."""
-        if self.type not in ("<f8", "<i8"):
-            raise ValueError(f"an array of type {self.type!r} instead of float64 or int64")
-        order: Literal["F", "C"] = "F" if self.column_major else "C"
-        return np.frombuffer(self.raw, self.type).reshape(self.shape, order=order)
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    return text.encode("latin1")
-
-
-STAND_INS = {
-    ("numpy.core.multiarray", "_reconstruct"): _Array,
-    ("numpy._core.multiarray", "_reconstruct"): _Array,
-    ("numpy", "ndarray"): "ndarray",
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _encode,
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows the four names that the file needs (one of them has two homes), none of them as it is.
-
-    Not even NumPy's own functions are called: a pickle may tell them that bytes are an array of
-    objects, which ends the process or worse.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in STAND_INS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return STAND_INS[module, name]
-
-
 def read_recordings(path: Path) -> list[Recording]:
     """The recordings in seglearn's file, in its order; nothing in the file is executed.
 
@@ -336,7 +279,7 @@ def _unpickle(raw: bytes) -> dict[str, Any]:
     start = 10 + int.from_bytes(raw[8:10], "little")
     if raw[:8] != NPY_1_0 or raw[10:start].strip() != ONE_OBJECT:
         raise ValueError(f"a file that starts with {raw[:8]!r} and {raw[10:start].strip()!r}")
-    (content,) = _Unpickler(BytesIO(raw[start:])).load().raw
+    (content,) = inert_pickle.load(raw[start:]).raw
     if not isinstance(content, dict):
         raise TypeError(f"a {type(content).__name__} instead of a dict")
     return content
@@ -346,12 +289,12 @@ def _recordings(content: dict[str, Any]) -> list[Recording]:
     for key, names in (("X_labels", CHANNELS), ("y_labels", EXERCISES)):
         if tuple(content[key]) != names:
             raise ValueError(f"{key} are {content[key]} instead of {list(names)}")
-    label, subject, side = (content[key].numbers() for key in ("y", "subject", "side"))
+    label, subject, side = (content[key].numbers(*NUMBERS) for key in ("y", "subject", "side"))
     if not np.isin(side, (0, 1)).all():
         raise ValueError(f"side must be 0 or 1, found {np.unique(side)}")
     recordings = []
     for x, k, person, right in zip(content["X"], label, subject, side, strict=True):
-        values = x.numbers()
+        values = x.numbers(*NUMBERS)
         if values.ndim != 2 or values.shape[1] != len(CHANNELS) or not np.isfinite(values).all():
             raise ValueError(f"a recording {values.shape}, not (T, 6) finite numbers")
         client_id = f"subject-{int(person):02d}-{SIDES[int(right)]}"

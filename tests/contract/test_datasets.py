@@ -1,4 +1,7 @@
-"""What every registered data set that is on this machine must keep to."""
+"""What every registered data set that is on this machine must keep to.
+
+SELFFL_RAY_TEST_DATA names a folder with the files of those that no package brings.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,14 @@ from selffl_ray.config import load_config
 from selffl_ray.errors import DataError
 from selffl_ray.experiment import prepare_experiment
 from selffl_ray.registry import Component, datasets
+from tests.real_data import source_of
 
 
 def prepared(name):
+    source = source_of(name)
+    sets = [f"data.name={name}", *([f"data.source={source}"] if source else [])]
     try:
-        return prepare_experiment(load_config(None, [f"data.name={name}"]))
+        return prepare_experiment(load_config(None, sets))
     except DataError as error:
         pytest.skip(f"{name} is not on this machine: {error}")
 

@@ -439,3 +439,15 @@ def test_reading_a_few_rows_costs_no_memory_of_the_size_of_the_store(tmp_path):
     few, every = (int(number) for number in run_alone(MEASURE, store.folder).split())
     assert few < 0.1 * whole
     assert every > 0.9 * whole
+
+
+@pytest.mark.parametrize(("number", "shown"), [(2, "each"), (12, "each"), (13, "together")])
+def test_the_manifest_names_few_files_and_counts_many(tmp_path, number, shown):
+    files = tuple(tmp_path / "set" / str(k) / "clip" for k in range(number))
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"")
+    store = prepare(made(CLIENTS, find=lambda s: files), None, "set", 0, tmp_path / "stores")
+    together = f"{tmp_path / 'set'} ({number} files)"
+    each = ", ".join(map(str, files))
+    assert store.manifest.source == {"each": each, "together": together}[shown]
