@@ -11,7 +11,7 @@ export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER = 0
 export MLFLOW_DISABLE_TELEMETRY = true
 export DO_NOT_TRACK = true
 
-.PHONY: help run test test-fast check format smoke lowest clean
+.PHONY: help run comparison test test-fast check format smoke lowest clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -23,6 +23,12 @@ $(STAMP): pyproject.toml constraints.txt
 
 run: $(STAMP)  ## Self-FL beside FedAvg and local training, 14 writers, an actor each (about a minute)
 	$(SELFFL) compare --methods selffl:two_tap,selffl:as_described,fedavg,local
+
+comparison: $(STAMP)  ## Self-FL and every baseline, tuned alike, fresh seeds, two image sets (about an hour)
+	$(SELFFL) tune tune_configs/baselines.yaml
+	$(SELFFL) tune tune_configs/baselines_fashion.yaml
+	$(BIN)/python -m analysis.compare --experiment baselines --experiment baselines_fashion \
+		--output analysis/results/comparison
 
 test: $(STAMP)  ## everything that CI must pass
 	$(BIN)/python -m pip check

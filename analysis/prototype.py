@@ -1,6 +1,6 @@
 """The prototype study on Fashion-MNIST, on the real system, beside the prototype's figures.
 
-    python -m analysis.prototype [--seeds 0,1,2] [--variants a;b] [--output FOLDER/NAME]
+    python -m analysis.prototype [--seeds 0,1,2] [--variants a;b] [--output FOLDER/NAME] [--resume]
 
 The variants are the entries of ``tune_configs/prototype.yaml``. As in the prototype, an entry with
 choices is settled for each scenario by the sum of both accuracies on seed 100 (on test data: this
@@ -155,12 +155,23 @@ def _run(settings: Settings, seed: int) -> dict[str, Any]:
     }
 
 
-def studies(wanted: Sequence[Variant], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """All rows, as many variants side by side as there are cores."""
+def studies(
+    wanted: Sequence[Variant], seeds: Sequence[int], done: pd.DataFrame
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows of every scenario and variant that is not done, as many at once as there are cores."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(study, s, v, seeds) for s in SCENARIOS for v in wanted]
+        jobs = [
+            pool.submit(study, scenario, variant, seeds)
+            for scenario in SCENARIOS
+            for variant in wanted
+            if not set(seeds) <= set(_of(done, scenario, variant.label)["seed"])
+        ]
         for job in jobs:
-            yield from job.result()
+            yield job.result()
+
+
+def _of(rows: pd.DataFrame, scenario: str, label: str) -> pd.DataFrame:
+    return rows[(rows["scenario"] == scenario) & (rows["variant"] == label)]
 
 
 def table(rows: pd.DataFrame) -> str:
@@ -171,7 +182,7 @@ def table(rows: pd.DataFrame) -> str:
     ]
     for label, figures in EXPECTED.items():
         for scenario, expected in figures.items():
-            own = rows[(rows["variant"] == label) & (rows["scenario"] == scenario)]
+            own = _of(rows, scenario, label)
             if own.empty:
                 continue
             for measure, wanted in zip(("global", "local"), expected, strict=True):
@@ -208,26 +219,38 @@ def choices_table(rows: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+COLUMNS = ("scenario", "variant", "chosen", "seed", "global", "local", "median_shrinkage",
+           "gradient_steps", "seconds")  # fmt: skip
+
+
+def read_rows(path: Path) -> pd.DataFrame:
+    """Rows of an earlier, perhaps interrupted, study; none if there is no such file."""
+    if not path.exists():
+        return pd.DataFrame(columns=list(COLUMNS))
+    return pd.read_csv(path, keep_default_na=True).fillna({"chosen": ""})
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--variants", default=None, help="labels, separated by semicolons")
     parser.add_argument("--output", default="analysis/results/prototype")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that OUTPUT.csv has")
     options = parser.parse_args()
     seeds = [int(s) for s in options.seeds.split(",")]
     labels = list(EXPECTED) if options.variants is None else options.variants.split(";")
     wanted = [v for v in variants() if v.label in labels]
     if unknown := set(labels) - {v.label for v in wanted}:
         parser.error(f"--variants: unknown {sorted(unknown)}; there are {'; '.join(EXPECTED)}")
-    found: list[dict[str, Any]] = []
-    for row in studies(wanted, seeds):
-        found.append(row)
-        print(row, flush=True)
-    rows = pd.DataFrame(found)
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    rows.to_csv(output.with_suffix(".csv"), index=False, float_format="%.4f")
+    path = output.with_suffix(".csv")
+    rows = read_rows(path) if options.resume else pd.DataFrame(columns=list(COLUMNS))
+    for found in studies(wanted, seeds, rows):
+        rows = pd.concat([rows, pd.DataFrame(found)], ignore_index=True)
+        rows.to_csv(path, index=False, float_format="%.4f")
+        print(*found, sep="\n", flush=True)
     command = f"python -m analysis.prototype --seeds {options.seeds}"
     parts = [f"Command: `{command}`", table(rows), NOTE, choices_table(rows)]
     if rows["median_shrinkage"].notna().any():
