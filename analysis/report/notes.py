@@ -22,6 +22,7 @@ def score_notes(summary: Summary, measures: Sequence[Measure]) -> list[str]:
     """Footnotes of the table of scores."""
     return [
         *_what(summary),
+        *_schedules(summary),
         *_bold(summary, measures),
         *_seeds(summary),
         *_partitions(summary),
@@ -50,6 +51,16 @@ def _what(summary: Summary) -> Iterable[str]:
         yield "\N{BLACK STAR}: the sweep's choice."
     if summary.section.older:
         yield f"Left out: {summary.section.older} runs with a newer one of the same row and seed."
+
+
+def _schedules(summary: Summary) -> Iterable[str]:
+    """Rows whose runs are members of a population, and whose options changed on the way."""
+    found = [r.label for r in summary.rows if any("schedule" in n.run.tags for n in r.numbers)]
+    if found:
+        yield (
+            "Of population-based training, each a schedule and not a configuration (its options "
+            f"changed during the run): {named(found)}."
+        )
 
 
 def _bold(summary: Summary, measures: Sequence[Measure]) -> Iterable[str]:
