@@ -84,6 +84,11 @@ def check_population(
         for dimension in dimensions:
             _check_key(dimension, member, one)
     _check_rounds(sweep, prepared)
+    if len({(p.store.manifest.digest, p.partition.digest) for p in prepared}) > 1:
+        raise ConfigError(
+            "space: scheduler pbt compares its trials, and they differ in data or partition; make "
+            "a sweep of each"
+        )
     count = len(chosen) * math.prod(len(d.ends()) for d in dimensions)
     if count > MOST_CORNERS:
         raise ConfigError(

@@ -177,7 +177,6 @@ class SelfFLTrial(tune.Trainable):
         job = dataclasses.replace(spec.job, resume=(folder / "config.yaml").exists())
         self._folder = folder
         self._metrics = spec.metrics
-        (folder / FAILURE).unlink(missing_ok=True)
         self._past = deque(past_rounds(folder))
         self._until = spec.until
         self._finished = is_done(folder, spec.until)
@@ -188,24 +187,32 @@ class SelfFLTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Report the next evaluated round."""
-        if self._past:
-            row = self._past.popleft()
-            return self._report(row["round_index"], row, done=self._finished and not self._past)
+        # Not in ``_begin``: an actor that Tune started for a trial may be given another one.
+        (self._folder / FAILURE).unlink(missing_ok=True)
         try:
-            return self._next()
+            return self._again(self._past.popleft()) if self._past else self._next()
         except Exception as error:
             write_json(self._folder / FAILURE, {"error": " ".join(str(error).split())})
             raise
+
+    def _again(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A round that was done before."""
+        self._check_measured(row["round_index"], row)
+        return self._report(row["round_index"], row, done=self._finished and not self._past)
+
+    def _check_measured(self, round_index: int, metrics: Mapping[str, Any]) -> None:
+        """Tune would end the whole sweep for a result without its metric."""
+        if self._metrics[0] not in metrics:
+            raise RunError(
+                f"round {round_index}: {self._metrics[0]} was not measured or is not finite; did "
+                "the models diverge?"
+            )
 
     def _next(self) -> dict[str, Any]:
         event = self._run.advance()
         if event is None:
             return {**self._latest, "done": True}
-        if self._metrics[0] not in event.metrics:
-            raise RunError(
-                f"round {event.round_index}: {self._metrics[0]} was not measured or is not finite; "
-                "did the models diverge?"
-            )
+        self._check_measured(event.round_index, event.metrics)
         done = event.round_index + 1
         if done == self._until:
             self._run.hold()

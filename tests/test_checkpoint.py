@@ -23,8 +23,10 @@ from selffl_ray.checkpoint import (
     CheckpointConfig,
     Counters,
     check_checkpoint,
+    copy_checkpoint,
     latest_checkpoint,
     load_checkpoint,
+    rounds_done,
     save_checkpoint,
 )
 from selffl_ray.errors import CheckpointError, ConfigError
@@ -422,3 +424,36 @@ def test_a_checkpoint_is_json_and_safetensors_to_the_last_byte(tmp_path):
 def test_less_than_one_checkpoint_is_refused(name):
     with pytest.raises(ConfigError, match=f"checkpoint.{name} must be >= 1, got 0"):
         CheckpointConfig(**{name: 0})
+
+
+# -- copies for another run ------------------------------------------------------------------------
+
+
+def test_a_copy_holds_the_same_state_and_belongs_to_the_other_run_only(tmp_path):
+    source = save(tmp_path / "one", 3, states(0, 5, 70))
+    copy = copy_checkpoint(source, tmp_path / "other", "another-run")
+    assert rounds_done(tmp_path / "other") == 4
+    found = load_checkpoint(copy, "another-run", server(), LIKE)
+    assert found.counters == Counters(3, 30, "another-run")
+    whole = load(source)
+    for (name, one), (_, other) in zip(
+        trees.leaves(found.server), trees.leaves(whole.server), strict=True
+    ):
+        assert torch.equal(one, other), name
+    one, other = by_client(found.states), by_client(whole.states)
+    assert one.keys() == other.keys()
+    for index in one:
+        assert_same(one[index], other[index])
+    with pytest.raises(CheckpointError, match="belongs to another run"):
+        load(copy)
+    # Neither is touched by what the other does.
+    save(tmp_path / "one", 4, states(0, seed=9))
+    assert check_checkpoint(copy, "another-run")["round_index"] == 3
+
+
+def test_a_broken_checkpoint_is_not_copied(tmp_path):
+    source = save(tmp_path / "one", 3, states(0))
+    (source / "server.safetensors").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match="missing or not what was written"):
+        copy_checkpoint(source, tmp_path / "other", "another-run")
+    assert rounds_done(tmp_path / "other") == 0

@@ -90,6 +90,10 @@ ONE_RATE = {"training.learning_rate": {"loguniform": [0.01, 1.0]}}
             r"training.num_rounds: scheduler pbt compares trials of one length, got \[6, 8\]",
         ),
         (
+            {"space": {**SPACE, "data.partition": ["natural", "iid"]}},
+            "space: scheduler pbt compares its trials, and they differ in data or partition",
+        ),
+        (
             {"scheduler": {"mutate": {"training.momentum": [0.0]}}},
             r"training.momentum is not set by .*kappa=.*as in training.momentum: \[0.0\]",
         ),

@@ -22,6 +22,7 @@ def score_notes(summary: Summary, measures: Sequence[Measure]) -> list[str]:
     """Footnotes of the table of scores."""
     return [
         *what_notes(summary),
+        *schedule_notes(summary),
         *bold_notes(summary, measures),
         *seed_notes(summary),
         *partition_notes(summary),
@@ -51,6 +52,16 @@ def what_notes(summary: Summary) -> Iterable[str]:
         yield "\N{BLACK STAR}: the sweep's choice."
     if summary.section.older:
         yield f"Left out: {summary.section.older} runs with a newer one of the same row and seed."
+
+
+def schedule_notes(summary: Summary) -> Iterable[str]:
+    """Rows whose runs are members of a population, and whose options changed on the way."""
+    found = [r.label for r in summary.rows if any("schedule" in n.run.tags for n in r.numbers)]
+    if found:
+        yield (
+            "Of population-based training, each a schedule and not a configuration (its options "
+            f"changed during the run): {named(found)}."
+        )
 
 
 def bold_notes(summary: Summary, measures: Sequence[Measure]) -> Iterable[str]:

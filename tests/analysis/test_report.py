@@ -82,6 +82,9 @@ def fill_mixed(store: MadeStore) -> None:
         made = Made(label="local", seed=seed, local=[0.9] * 4, partition=f"other-{seed}")
         store.add("deals", made)
     store.add("single", Made(label="fedavg", seed=0, local=[0.8] * 4, artifacts=False))
+    tags = {"schedule": "pbt", "configuration": "kappa=2 from 001 after 10"}
+    store.add("population", Made(label="selffl-two_tap", seed=0, local=[0.9] * 4, tags=tags))
+    store.add("population", Made(label="fedavg", seed=0, local=[0.8] * 4))
     store.experiment("empty")
     store.add("unfinished", Made(label="fedavg", seed=0, local=[0.8] * 4, status="FAILED"))
 
@@ -255,6 +258,13 @@ def test_clients_table_has_the_final_round_of_every_client_and_seed(report):
     own = clients[(clients["row"] == "selffl-two_tap") & (clients["seed"] == 1)]
     assert own["client_id"].tolist() == ["ann", "bob", "cid", "dee"]
     assert own["value"].tolist() == pytest.approx(BEST[1])
+
+
+def test_schedules_of_a_population_are_not_told_as_configurations(report):
+    text = markdown(report("population"))
+    assert "each a schedule and not a configuration" in text
+    assert "changed during the run): kappa=2 from 001 after 10." in text
+    assert "schedule" not in markdown(report("single"))
 
 
 # -- one seed, missing artifacts ------------------------------------------------------------------

@@ -293,6 +293,29 @@ def test_a_trial_that_fails_is_told_with_its_cause_and_the_others_go_on(local_ra
     assert [r.configuration for r in result.ranking] == [0]
 
 
+def test_a_trial_whose_metric_is_no_number_fails_alone(local_ray, tmp_path):
+    # Uploads stay finite; the personalized models, and with them the metric, do not.
+    sweep = sweep_of(
+        {"method.readout_rate": [0.1, 1e30]},
+        base={"placement": {"backend": "local"}, "tracking": {"enabled": False}},
+        metric="val/local_loss",
+        mode="min",
+    )
+    result = run_sweep(sweep, output=tmp_path / "sweep")
+    assert result.complete
+    assert result.failed == 1
+    rows = result.rows["select"].set_index("configuration")
+    assert rows["status"].tolist() == ["FINISHED", "FAILED"]
+    assert "val/local_loss was not measured or is not finite" in rows.loc[1, "error"]
+    assert "did the models diverge?" in rows.loc[1, "error"]
+    assert [r.configuration for r in result.ranking] == [0]
+    # What it was is kept, and a resumed sweep repeats the trial that failed only.
+    done = tmp_path / "sweep" / "trials" / rows.loc[0, "trial"] / "summary.json"
+    before = done.stat().st_mtime_ns
+    assert run_sweep(sweep, resume=tmp_path / "sweep").failed == 1
+    assert done.stat().st_mtime_ns == before
+
+
 def test_a_store_that_cannot_be_reached_changes_no_result(local_ray, tmp_path, monkeypatch):
     """Nothing listens at that port: the parent and every trial fail to track, and say so once."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
