@@ -30,6 +30,7 @@ from selffl_ray.execution import JobRunner
 from selffl_ray.run_loop import Message, Progress
 from selffl_ray.run_writer import Job
 from selffl_ray.runtime.actors import Control
+from selffl_ray.runtime.cluster import driver_bundle
 from selffl_ray.runtime.placement import PlacementPlan
 from selffl_ray.sweep_results import FAILURE
 from selffl_ray.sweep_scheduler import SchedulerConfig
@@ -366,7 +367,10 @@ def _name_of(trial: Any) -> str:
 
 
 def _with_bundles(specs: Mapping[str, TrialSpec]) -> Any:
-    """The trainable with a placement group for each trial: its driver, then its client actors."""
+    """The trainable with a placement group for each trial: its driver, then its client actors.
+
+    The driver is on the machine of this process, the client actors are where there is room.
+    """
     bundles = {name: bundles_of(spec.plan) for name, spec in specs.items()}
     trainable = tune.with_parameters(SelfFLTrial, specs=dict(specs))
     found: Any = tune.with_resources(
@@ -381,7 +385,7 @@ def bundles_of(plan: PlacementPlan) -> list[dict[str, float]]:
     """Resources of a trial: the driver's bundle, and one for each client actor."""
     # Without Ray's actors (placement.backend: local) the clients live in the trial's own.
     actors = [{"CPU": a.cpus, "GPU": a.gpus} for a in plan.actors if plan.backend != "local"]
-    bundles = [{"CPU": plan.driver_cpus}, *actors]
+    bundles = [driver_bundle(plan.driver_cpus), *actors]
     return [{k: v for k, v in bundle.items() if v} for bundle in bundles]
 
 

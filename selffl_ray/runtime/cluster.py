@@ -19,8 +19,12 @@ from selffl_ray.runtime.placement import Node
 logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
+HEAD = "node:__internal_head__"
+"""Resource that Ray gives to the head only."""
 SHARED_S = 60.0
 """Longest wait for a machine to say whether it sees a folder."""
+PIN = 0.001
+"""Share of a machine's own resource that pins an actor to it: room for a thousand."""
 REACH_S = 10.0
 """Longest wait for a cluster's port to open; Ray itself would try for many minutes."""
 
@@ -130,6 +134,23 @@ def _nodes() -> list[Node]:
             )
             nodes.append((node["NodeID"] != here, found.name, node["NodeID"], found))
     return [found for *_, found in sorted(nodes, key=lambda n: n[:3])]
+
+
+def driver_bundle(cpus: float) -> dict[str, float]:
+    """Resources that place a trial's server loop on the machine of this process.
+
+    MLflow's server listens on that machine's loopback, or its store is a file there, so a loop on
+    another machine would track nothing. With several machines the loop reserves no CPU: trials
+    would have to wait for room on this one, though others are free.
+    """
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    alive = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+    own = next(n["Resources"] for n in alive if n["NodeID"] == here)
+    # Of the head there are two names; several nodes on one machine share the one with its address.
+    name = max((k for k in own if k.startswith("node:")), key=lambda k: k == HEAD)
+    return {name: PIN} | ({"CPU": cpus} if len(alive) == 1 else {})
 
 
 def check_shared(folder: Path) -> None:
