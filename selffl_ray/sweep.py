@@ -433,6 +433,8 @@ def _shown(value: Any) -> str:
         name = ":".join(str(value[k]) for k in ("name", "preset") if k in value)
         inner = ",".join(f"{k}={_shown(v)}" for k, v in rest.items())
         return f"{name}({inner})" if inner else name
+    if isinstance(value, dict):
+        return "(" + ",".join(f"{k}={_shown(v)}" for k, v in value.items()) + ")"
     return str(value).replace(" ", "")
 
 

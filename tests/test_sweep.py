@@ -84,6 +84,8 @@ def test_labels_are_short_and_tell_configurations_apart(tmp_path):
 def test_keys_that_end_alike_are_shown_longer(tmp_path):
     space = {"data.partition.name": ["natural"], "method.name": ["fedavg"]}
     assert chosen(space, tmp_path)[0].label == "partition.name=natural method.name=fedavg"
+    tuned = {"method": [{"name": "fedavg_ft", "fine_tune": {"steps": 9, "rate": 0.5}}]}
+    assert chosen(tuned, tmp_path)[0].label == "method=fedavg_ft(fine_tune=(steps=9,rate=0.5))"
 
 
 def test_every_configuration_meets_every_seed_on_the_same_partition_start_and_cohorts(tmp_path):
