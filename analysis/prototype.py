@@ -249,6 +249,8 @@ def main() -> None:
     rows = read_rows(path) if options.resume else pd.DataFrame(columns=list(COLUMNS))
     for found in studies(wanted, seeds, rows):
         rows = pd.concat([rows, pd.DataFrame(found)], ignore_index=True)
+        # Of a study that is resumed with more seeds the earlier ones come again.
+        rows = rows.drop_duplicates(["scenario", "variant", "seed"], keep="last")
         rows.to_csv(path, index=False, float_format="%.4f")
         print(*found, sep="\n", flush=True)
     command = f"python -m analysis.prototype --seeds {options.seeds}"

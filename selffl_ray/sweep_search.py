@@ -53,6 +53,13 @@ def check_search(sweep: SweepConfig, folder: Path) -> None:
             "searcher: variants"
         )
     (dimensions,) = read_space(sweep.space)
+    always = {d.key for d in dimensions if not d.when}
+    for key in sweep.confirm.per if sweep.confirm is not None else ():
+        if key not in always:
+            raise ConfigError(
+                f"confirm.per: {key} is not set by every suggestion; name a key of the space "
+                "without when, or leave per out"
+            )
     if sweep.reference is not None:
         _check_reference(dimensions, sweep.reference)
     corners = _corners(dimensions)

@@ -384,8 +384,9 @@ def _with_bundles(specs: Mapping[str, TrialSpec]) -> Any:
 def bundles_of(plan: PlacementPlan) -> list[dict[str, float]]:
     """Resources of a trial: the driver's bundle, and one for each client actor."""
     # Without Ray's actors (placement.backend: local) the clients live in the trial's own.
-    actors = [{"CPU": a.cpus, "GPU": a.gpus} for a in plan.actors if plan.backend != "local"]
-    bundles = [driver_bundle(plan.driver_cpus), *actors]
+    alone = plan.backend == "local"
+    actors = [] if alone else [{"CPU": a.cpus, "GPU": a.gpus} for a in plan.actors]
+    bundles = [driver_bundle(plan.driver_cpus, trains=alone), *actors]
     return [{k: v for k, v in bundle.items() if v} for bundle in bundles]
 
 

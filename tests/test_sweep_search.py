@@ -278,6 +278,10 @@ def test_without_the_package_one_line_says_what_to_do(tmp_path, monkeypatch):
         ({"within": list(RATE)}, "within: searcher optuna seeks one best"),
         ({"open_test": True}, "open_test: searcher optuna selects, and test data must not be"),
         ({"space": [RATE, {}]}, "space: searcher optuna needs one mapping, not a union"),
+        (
+            {"confirm": {"seeds": [9], "per": ["method"]}},
+            "confirm.per: method is not set by every suggestion",
+        ),
     ],
 )
 def test_what_has_no_place_in_a_search_is_refused_in_one_line(more, message, tmp_path):

@@ -22,7 +22,7 @@ from typing import Any
 
 from selffl_ray.algorithms.base import Algorithm, Empty, Federation, Personal
 from selffl_ray.algorithms.fedavg import AveragingConfig, Global, fedavg
-from selffl_ray.algorithms.fine_tuning import FineTuneConfig, fine_tune
+from selffl_ray.algorithms.fine_tuning import FineTuneConfig, fine_tune, tuning_cautions
 from selffl_ray.registry import register_algorithm
 from selffl_ray.training import Stack
 
@@ -42,10 +42,11 @@ def fedavg_ft(config: FedAvgFTConfig, federation: Federation) -> Algorithm:
     def personalize(shared: Global, per_client: Any, state: Empty, stack: Stack) -> Personal:
         return fine_tune(config.fine_tune, stack, shared.params_P)
 
+    void = () if config.fine_tune.steps else ("fine_tune.steps is 0: this is FedAvg",)
     return replace(
         fedavg(config, federation),
         personalize=personalize,
         # There is no state to make ready, so new clients need no local update beforehand.
         adapt=lambda shared, per_client, state, stack: state,
-        cautions=() if config.fine_tune.steps else ("fine_tune.steps is 0: this is FedAvg",),
+        cautions=void + tuning_cautions(config.fine_tune, federation.training),
     )

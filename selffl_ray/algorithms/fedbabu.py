@@ -29,7 +29,7 @@ import torch
 
 from selffl_ray.algorithms.base import Algorithm, Empty, Federation, Local, Personal, Traffic
 from selffl_ray.algorithms.fedavg import AveragingConfig, Global, Upload, average_with, fedavg
-from selffl_ray.algorithms.fine_tuning import FineTuneConfig, fine_tune
+from selffl_ray.algorithms.fine_tuning import FineTuneConfig, fine_tune, tuning_cautions
 from selffl_ray.algorithms.partial import last_layers
 from selffl_ray.registry import register_algorithm, server_optimizers
 from selffl_ray.training import Stack, TrainingConfig, local_sgd
@@ -86,5 +86,5 @@ def fedbabu(config: FedBABUConfig, federation: Federation) -> Algorithm:
         personalize=personalize,
         adapt=lambda shared, per_client, state, stack: state,
         traffic=lambda plan: Traffic(size, size),
-        cautions=tuple(cautions),
+        cautions=(*cautions, *tuning_cautions(config.fine_tune, federation.training)),
     )

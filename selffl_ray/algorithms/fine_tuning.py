@@ -14,7 +14,14 @@ from torch import Tensor
 
 from selffl_ray.algorithms.base import Personal
 from selffl_ray.errors import ConfigError
-from selffl_ray.training import Stack, local_sgd, observe_tail, start_tail, tail_mean
+from selffl_ray.training import (
+    Stack,
+    TrainingConfig,
+    local_sgd,
+    observe_tail,
+    start_tail,
+    tail_mean,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +31,8 @@ class FineTuneConfig:
     steps: int = 50
     """SGD steps, >= 0; 0 is none. Usual values 5 to 200."""
     rate: float = 0.1
-    """Learning rate over the training rate of the round, > 0; usual values 0.03 to 1."""
+    """Learning rate over the training rate of the round, after its schedule, > 0; usual values
+    0.03 to 1."""
     tail_average: bool = False
     """Take the mean of the second half of the iterates for the last one."""
 
@@ -33,6 +41,17 @@ class FineTuneConfig:
             raise ConfigError(f"method.fine_tune.steps must be >= 0, got {self.steps}")
         if not 0 < self.rate < math.inf:
             raise ConfigError(f"method.fine_tune.rate must be > 0, got {self.rate}")
+
+
+def tuning_cautions(config: FineTuneConfig | None, training: TrainingConfig) -> tuple[str, ...]:
+    """What to say where the schedule of the training lets fine-tuning do next to nothing."""
+    if config is None or not config.steps or training.schedule == "constant":
+        return ()
+    last = config.rate * training.rate(training.num_rounds - 1)
+    return (
+        f"training.schedule {training.schedule} holds for fine-tuning too: after the last round "
+        f"its rate is {last:.2g}; raise fine_tune.rate if that is too little",
+    )
 
 
 def fine_tune(

@@ -39,7 +39,7 @@ from selffl_ray.algorithms.fedavg import (
     average_with,
     fedavg,
 )
-from selffl_ray.algorithms.fine_tuning import FineTuneConfig, fine_tune
+from selffl_ray.algorithms.fine_tuning import FineTuneConfig, fine_tune, tuning_cautions
 from selffl_ray.errors import ConfigError
 from selffl_ray.flat import FlatParams, ParamSpec
 from selffl_ray.registry import server_optimizers
@@ -125,7 +125,7 @@ def partly_shared(
         personalize=personalize,
         adapt=adapt,
         traffic=lambda plan: Traffic(num_shared, num_shared),
-        cautions=_cautions(own_P),
+        cautions=_cautions(own_P) + tuning_cautions(config.fine_tune, federation.training),
     )
 
 

@@ -136,12 +136,13 @@ def _nodes() -> list[Node]:
     return [found for *_, found in sorted(nodes, key=lambda n: n[:3])]
 
 
-def driver_bundle(cpus: float) -> dict[str, float]:
+def driver_bundle(cpus: float, *, trains: bool = False) -> dict[str, float]:
     """Resources that place a trial's server loop on the machine of this process.
 
     MLflow's server listens on that machine's loopback, or its store is a file there, so a loop on
     another machine would track nothing. With several machines the loop reserves no CPU: trials
-    would have to wait for room on this one, though others are free.
+    would have to wait for room on this one, though others are free. A loop that trains its clients
+    itself (``trains``) needs its CPUs wherever it is.
     """
     import ray
 
@@ -150,7 +151,7 @@ def driver_bundle(cpus: float) -> dict[str, float]:
     own = next(n["Resources"] for n in alive if n["NodeID"] == here)
     # Of the head there are two names; several nodes on one machine share the one with its address.
     name = max((k for k in own if k.startswith("node:")), key=lambda k: k == HEAD)
-    return {name: PIN} | ({"CPU": cpus} if len(alive) == 1 else {})
+    return {name: PIN} | ({"CPU": cpus} if trains or len(alive) == 1 else {})
 
 
 def check_shared(folder: Path) -> None:

@@ -159,6 +159,21 @@ def test_no_steps_are_said_to_be_fedavg():
 
 
 @pytest.mark.parametrize(
+    "method",
+    ["fedavg_ft", "fedbabu", "{name: fedper, fine_tune: {steps: 5}}"],
+)
+def test_a_schedule_that_takes_the_rate_away_is_said(method):
+    def cautions(schedule):
+        settings = ("training.num_rounds=10", f"training.schedule={schedule}")
+        return harness.prepared_with(method, settings).algorithm.cautions
+
+    assert cautions("constant") == ()
+    (text,) = cautions("step")
+    # A hundredth of the rate 0.3 after three quarters of the rounds, and a tenth of that.
+    assert "after the last round its rate is 0.0003" in text
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ("fine_tune: {steps: -1}", "method.fine_tune.steps must be >= 0, got -1"),
