@@ -55,7 +55,8 @@ class SotuConfig:
     """Characters before the one to predict."""
     hop: int | None = None
     """Characters from the start of a window to the start of the next; null is ``window``, so that
-    windows do not overlap."""
+    windows do not overlap and one character in ``window`` is asked for. Less gives more examples
+    of the same text, of each part."""
 
     def __post_init__(self) -> None:
         if self.window < 1:
