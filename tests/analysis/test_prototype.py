@@ -35,7 +35,7 @@ def test_scenarios_are_the_partitions_that_their_names_say():
 
 def test_choices_are_at_most_nine_as_the_prototype_had():
     counts = {len(c) for v in prototype.variants() for c in v.choices.values()}
-    assert counts == {1, 3, 9}
+    assert counts == {1, 2, 6}
 
 
 def test_the_base_is_the_prototypes_setting(tmp_path):
