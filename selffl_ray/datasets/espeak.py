@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-RETRIEVAL = 2
-"""Audio goes to the callback, within the call that asks for it (AUDIO_OUTPUT_SYNCHRONOUS)."""
+SYNCHRONOUS = 2
+"""Audio goes to the callback, within the call that asks for it."""
 BUFFER_MS = 500
-RATE, VOLUME, PITCH = 1, 2, 3
+RATE, PITCH = 1, 3
 UTF8 = 1
 SECONDS = 300.0
 """After which a process is taken for stuck."""
@@ -117,7 +117,7 @@ def _speak(library: str, data: str, voice: str, utterances: Sequence[Sequence[ob
         return 0
 
     callback = take(hear)
-    rate_hz = espeak.espeak_Initialize(RETRIEVAL, BUFFER_MS, data.encode(), 0)
+    rate_hz = espeak.espeak_Initialize(SYNCHRONOUS, BUFFER_MS, data.encode(), 0)
     if rate_hz <= 0:
         sys.exit(f"espeak-ng does not start with {data}")
     espeak.espeak_SetSynthCallback(callback)
