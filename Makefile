@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := dev,watch,optuna,mnist5k
+EXTRAS := dev,watch,optuna,mnist5k,audio
 STAMP := $(VENV)/.installed
 SELFFL := $(BIN)/selffl
 # Nothing reports to anybody, and Ray stays on loopback.

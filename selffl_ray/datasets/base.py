@@ -51,6 +51,8 @@ class Dataset:
     depends_on_seed: the data are drawn with the experiment's seed.
     version: to be raised when ``read`` gives other groups for the same files, so that stores which
         an earlier release prepared are not taken for new ones.
+    made_with: for data that a program generates: files -> that program and its version. The store
+        is then known by it instead of by where the files lie and how old they are.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Dataset:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Parts of an experiment's configuration that suit this set; the user's own keys win."""
     version: int = 1
+    made_with: Callable[[tuple[Path, ...]], str] | None = None
 
     def features(self, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Stored inputs as a model takes them: float32 features, or int64 tokens unchanged."""

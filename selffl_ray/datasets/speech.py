@@ -79,10 +79,11 @@ def read_wav(path: Path, rate_hz: int) -> Floats:
             f"is {'truncated' if params.nframes else 'empty'}, fetch it again or remove it"
         )
     sound = np.frombuffer(raw, "<i2") / FULL_SCALE
-    return sound if params.framerate == rate_hz else _resampled(sound, params.framerate, rate_hz)
+    return sound if params.framerate == rate_hz else resampled(sound, params.framerate, rate_hz)
 
 
-def _resampled(sound: Floats, rate_hz: int, wanted_hz: int) -> Floats:
+def resampled(sound: Floats, rate_hz: int, wanted_hz: int) -> Floats:
+    """A sound (T,) at another rate, low-pass filtered (Kaiser window, SciPy's)."""
     # Imported here: SciPy's signal part is slow to load, and most sets never need it.
     from scipy.signal import resample_poly
 

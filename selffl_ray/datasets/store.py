@@ -83,19 +83,20 @@ def prepare(dataset: Dataset, options: Any, source: str | None, seed: int, root:
         DataError: files that are missing, truncated or not what they should be.
     """
     files = dataset.find(source)
+    made_with = dataset.made_with(files) if dataset.made_with else None
     stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     identity = {
         "version": SCHEMA_VERSION,
         "name": dataset.name,
         "reader": dataset.version,
         "options": repr(options),
-        "files": stamps,
+        "files": stamps if made_with is None else made_with,
         "seed": seed if dataset.depends_on_seed else None,
     }
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder = root / f"{dataset.name}-{key}"
     if not (folder / "manifest.json").exists():
-        _build(dataset, dataset.read(files, seed), _source(files), folder)
+        _build(dataset, dataset.read(files, seed), made_with or _source(files), folder)
     return Store(folder)
 
 
