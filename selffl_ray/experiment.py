@@ -118,7 +118,8 @@ def _deal(config: ExperimentConfig, dataset: Dataset, store: Store) -> Partition
     chosen, evaluation = config.data.partition, config.evaluation
     hands = partitioners.make(chosen, dataset, store, config.seed)
     assert evaluation.splits is not None, "load_config resolves it"
-    return split_clients(hands, evaluation.splits, evaluation.new_clients, config.seed)
+    shares, new_share = evaluation.splits, evaluation.new_clients
+    return split_clients(hands, shares, new_share, config.seed, dataset.overlap)
 
 
 def _federation(

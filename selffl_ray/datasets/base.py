@@ -49,6 +49,9 @@ class Dataset:
     shift_scale: for images, pixels 0..255 become (x / 255 - shift) / scale; None leaves x as it is.
     natural: the groups are clients; otherwise they are one pool to be partitioned.
     depends_on_seed: the data are drawn with the experiment's seed.
+    overlap: two rows of a client that lie no more than so many rows apart may share content, as do
+        windows of one text. Its parts are then cut by position, with so many rows left out between
+        two of them, and its rows are not dealt to other clients.
     version: to be raised when ``read`` gives other groups for the same files, so that stores which
         an earlier release prepared are not taken for new ones.
     made_with: for data that a program generates: files -> that program and its version. The store
@@ -67,6 +70,7 @@ class Dataset:
     natural: bool = False
     depends_on_seed: bool = False
     known: Callable[[], KnownVariances] | None = None
+    overlap: int = 0
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Parts of an experiment's configuration that suit this set; the user's own keys win."""
     version: int = 1

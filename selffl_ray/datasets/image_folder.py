@@ -15,22 +15,18 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from selffl_ray.datasets.base import TEST, TRAIN, Dataset, Group
+from selffl_ray.datasets.pictures import MODES, check_bits, over_white
 from selffl_ray.errors import ConfigError, DataError
 from selffl_ray.registry import register_dataset
 from selffl_ray.tasks import DataShape
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 SUFFIXES = (".png", ".jpg", ".jpeg")
-MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")
-"""Kinds of pixels of 8 bits or fewer, which are converted without loss of range."""
 PARTS = {"train": TRAIN, "test": TEST}
 
 MOST_SHOWN = 40
@@ -185,26 +181,15 @@ def read_image(path: Path, side: int, channels: int) -> npt.NDArray[np.uint8]:
 
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as opened:
-            if opened.mode not in MODES:
-                raise ValueError(f"pixels of mode {opened.mode}, not 8 bits a channel")
-            upright = _over_white(ImageOps.exif_transpose(opened))
+            check_bits(opened)
+            upright = over_white(ImageOps.exif_transpose(opened))
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(
             f"{path}: not a readable PNG or JPEG image ({' '.join(str(error).split())}); replace "
             "or remove it"
         ) from error
-    plain = upright.convert("L" if channels == 1 else "RGB")
+    plain = upright.convert(MODES[channels])
     # Bilinear averages when it shrinks and, unlike bicubic, invents no brighter or darker rims.
     fitted = ImageOps.fit(plain, (side, side), Image.Resampling.BILINEAR)
     pixels = np.asarray(fitted, np.uint8).reshape(side, side, channels)
     return pixels.transpose(2, 0, 1)
-
-
-def _over_white(image: Image.Image) -> Image.Image:
-    from PIL import Image
-
-    image.load()
-    if not image.has_transparency_data:
-        return image
-    clear = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)

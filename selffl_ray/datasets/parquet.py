@@ -6,13 +6,15 @@ numbers, of lists, or of nested lists, one after the other). Each example has th
 ``data.shape``, pictures as (channels, height, width).
 
 A client's rows keep their order in the files, which are read by name. Files may also lie in one
-folder a client, named ``<client column>=<client>``. The official split is a column, or the name of
-the file or of its folder (``data/test-00000-of-00001.parquet``, ``default/test/0000.parquet``).
+folder a client, named ``<client column>=<client>``. The official split is a column, or a word
+in the name of the file or its folder (``data/test-00000-of-00001.parquet``,
+``default/test/0000.parquet``); folders that all files lie in say nothing.
 Clients without training rows are new clients, if no client has both training and test rows.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +59,7 @@ class ParquetConfig:
     split: str | None = None
     """Column of the official part: train, test, or validation (also valid, val, dev)."""
     split_in_names: bool = False
-    """The files or their folders are named by the official part."""
+    """The files, or folders below the one they all lie in, are named by the official part."""
     invert: bool = False
     """Turn pictures from dark on a white ground into light on a dark one."""
 
@@ -107,6 +109,8 @@ def parquet(config: ParquetConfig) -> Dataset:
         label_names=config.label_names,
         shift_scale=None if config.image is None else (0.0, 1.0),
         natural=config.client is not None,
+        # 2: transparent pictures are laid over white, deep ones refused; parts by closer folders.
+        version=2,
         defaults={
             "experiment": "parquet",
             "data": {"partition": {"name": "natural" if config.client else "dirichlet"}},
@@ -151,7 +155,8 @@ def read_parquet(files: Sequence[Path], config: ParquetConfig) -> Iterator[Group
     y = np.concatenate(
         [class_labels(c.of(config.label), config.num_classes, config.label_names) for c in opened]
     )
-    official = np.concatenate([_official(c, config) for c in opened])
+    top = Path(os.path.commonpath([path.parent for path in files]))
+    official = np.concatenate([_official(c, config, top) for c in opened])
     x = np.empty((len(y), *config.shape), np.float32 if config.image is None else np.uint8)
     start = 0
     for column in opened:
@@ -171,10 +176,10 @@ def read_parquet(files: Sequence[Path], config: ParquetConfig) -> Iterator[Group
         yield Group(client, x[rows], y[rows], part if config.has_split else None)
 
 
-def _official(file: Column, config: ParquetConfig) -> npt.NDArray[np.uint8]:
+def _official(file: Column, config: ParquetConfig, top: Path) -> npt.NDArray[np.uint8]:
     if config.split is not None:
         return parts(file.of(config.split))
-    part = part_in_name(file.path) if config.split_in_names else TRAIN
+    part = part_in_name(file.path, top) if config.split_in_names else TRAIN
     return np.full(file.num_rows, part, np.uint8)
 
 

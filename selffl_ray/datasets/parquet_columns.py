@@ -81,19 +81,28 @@ def folder_value(path: Path, name: str) -> str | None:
     return None
 
 
-def part_in_name(path: Path) -> int:
-    """The official part that a file's name starts with, or that its nearest folder is named by.
+def part_in_name(path: Path, top: Path) -> int:
+    """The official part that a word of a file's name, or else its nearest folder is named by.
+
+    Args:
+        top: the folder that all files lie in. Its own name and those above it say where the data
+            are kept, not which part a file is.
 
     Raises:
-        DataError: neither.
+        DataError: neither, or a name of two parts.
     """
-    start = re.split(r"[^A-Za-z]", path.name)[0]
-    for word in (start, *reversed(path.parent.parts)):
+    words = [word for word in re.split(r"[^A-Za-z]", path.stem) if word in PARTS]
+    if len({PARTS[word] for word in words}) > 1:
+        raise DataError(
+            f"{path}: its name says {' and '.join(words)} (data.split_in_names); rename it after "
+            "one part"
+        )
+    for word in (*words, *reversed(path.parent.relative_to(top).parts)):
         if word in PARTS:
             return PARTS[word]
     raise DataError(
-        f"{path}: neither its name nor a folder says the part ({', '.join(PARTS)}); rename it, or "
-        "leave out data.split_in_names"
+        f"{path}: neither its name nor a folder below {top} says the part ({', '.join(PARTS)}); "
+        "rename it, or leave out data.split_in_names"
     )
 
 

@@ -221,6 +221,12 @@ def _deal_from(config: PooledConfig, dataset: Dataset, store: Store, seed: int) 
         raise ConfigError(
             f"data.partition.name: {dataset.name} has no class labels to deal by; use natural"
         )
+    if dataset.overlap:
+        # What one client trains on another would be tested on.
+        raise ConfigError(
+            f"data.partition.name: examples of {dataset.name} overlap with up to {dataset.overlap} "
+            "after them, which dealing would spread over clients and parts; use natural"
+        )
     official = store.official()
     if (official == VAL).any():
         # Such parts may be cut by time from what overlaps; dealing anew would leak test into train.

@@ -2,6 +2,12 @@
 
 ``x`` holds strings of 80 characters and ``y`` the character that follows. The alphabet is fixed
 (``selffl_ray.datasets.text``); a character outside of it is the class and token ``<unknown>``.
+
+LEAF makes an example at every character of a role's text, so that the 80 examples after one hold
+its answer in their strings. Parts of a role are therefore cut by position, ``context`` examples
+apart, and roles are not dealt anew. This needs the examples in the order of the text, as LEAF's
+``-s niid`` leaves them; its ``-s iid`` mixes those of all roles, and no split of such files is free
+of leaks.
 """
 
 from __future__ import annotations
@@ -70,6 +76,8 @@ def shakespeare(config: ShakespeareConfig) -> Dataset:
         read=read,
         label_names=CHARACTER_NAMES,
         natural=True,
+        # Strings are cut to the context, so no window and its answer reach further.
+        overlap=config.context,
         defaults={
             **leaf_defaults("shakespeare", config),
             "model": {"name": "textcnn", "pool": "last", "kernel": min(8, config.context)},

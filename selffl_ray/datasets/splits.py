@@ -39,7 +39,11 @@ class Partition(NamedTuple):
 
 
 def split_clients(
-    hands: Sequence[Hand], shares: tuple[float, float, float], new_share: float, seed: int
+    hands: Sequence[Hand],
+    shares: tuple[float, float, float],
+    new_share: float,
+    seed: int,
+    overlap: int = 0,
 ) -> Partition:
     """Split every client's own rows, and hold out some clients as new.
 
@@ -49,12 +53,14 @@ def split_clients(
         shares: of train, validation and test; the share of a part that clients were dealt rows of
             their own for must be 0.
         new_share: share of the other clients held out besides, in [0, 1).
+        overlap: that of the data set, >= 0; 0 draws the parts at random.
 
     Raises:
-        ConfigError: shares that do not fit. DataError: a client left without training examples.
+        ConfigError: shares that do not fit. DataError: a client left without training examples, or
+            with fewer than overlapping parts need.
     """
     _check_shares(hands, shares)
-    rows = [_split(hand, shares, seed) for hand in hands]
+    rows = [_split(hand, shares, seed, overlap) for hand in hands]
     open_ = [i for i, hand in enumerate(hands) if not hand.unseen]
     if not open_:
         raise DataError(
@@ -97,15 +103,17 @@ def _check_shares(hands: Sequence[Hand], shares: tuple[float, float, float]) -> 
         )
 
 
-def _split(hand: Hand, shares: tuple[float, float, float], seed: int) -> ClientRows:
+def _split(hand: Hand, shares: tuple[float, float, float], seed: int, overlap: int) -> ClientRows:
     if not len(hand.rows):
         raise DataError(
             f"client {hand.client_id!r} has no examples; lower data.partition.num_clients, raise "
             "alpha, set data.partition.min_examples, or take the client out of the source"
         )
     order = generator(seed, "splits", 0, hand.client_id).permutation(hand.rows)
-    ends = np.round(np.cumsum(np.asarray(shares) / sum(shares)) * len(order)).astype(np.int64)
-    train, val, test = np.split(order, ends[:-1])
+    if overlap:
+        train, val, test = _by_position(hand, order, shares, overlap)
+    else:
+        train, val, test = np.split(order, _ends(shares, len(order))[:-1])
     if not len(train):
         raise DataError(
             f"client {hand.client_id!r} has {len(order)} examples and with evaluation.splits "
@@ -114,6 +122,34 @@ def _split(hand: Hand, shares: tuple[float, float, float], seed: int) -> ClientR
     val, test = np.concatenate([val, hand.val_rows]), np.concatenate([test, hand.test_rows])
     # Training rows keep their random order: variance estimates cut chunks from it.
     return ClientRows(hand.client_id, train, np.sort(val), np.sort(test), hand.quarter_turns)
+
+
+def _ends(shares: tuple[float, float, float], count: int) -> Rows:
+    """Where train, validation and test end, out of ``count`` places."""
+    return np.round(np.cumsum(np.asarray(shares) / sum(shares)) * count).astype(np.int64)
+
+
+def _by_position(
+    hand: Hand, order: Rows, shares: tuple[float, float, float], overlap: int
+) -> list[Rows]:
+    """Train, validation and test one after the other, ``overlap`` row numbers apart.
+
+    Places are counted in rows of the store: of a client that was thinned at random only those rows
+    are lost that do lie between two parts. Within a part rows keep the order they are given in.
+    """
+    wanted = np.asarray(shares) > 0
+    gaps = overlap * np.maximum(np.cumsum(wanted) - 1, 0)
+    place = order - order.min()
+    ends = _ends(shares, int(place.max()) + 1 - int(gaps[-1])) + gaps
+    starts = np.concatenate([[0], ends[:-1] - gaps[:-1] + gaps[1:]])
+    parts = [order[(place >= a) & (place < b)] for a, b in zip(starts, ends, strict=True)]
+    if any(want and not len(part) for want, part in zip(wanted, parts, strict=True)):
+        raise DataError(
+            f"client {hand.client_id!r} has {len(order)} examples, too few for evaluation.splits "
+            f"{list(shares)}: neighbours overlap, so {overlap} are left out between two parts; "
+            "raise data.partition.min_examples (or sizes.min), or give fewer parts a share"
+        )
+    return parts
 
 
 def _digest(rows: Sequence[ClientRows], new: set[int]) -> str:

@@ -88,6 +88,25 @@ def test_coloured_pictures_are_channels_first_and_become_grey_for_one_channel():
     np.testing.assert_array_equal(decode(encoded(one), (3, 4, 3), "x"), np.stack([one] * 3))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_transparent_is_white_whatever_colour_hides_there(channels):
+    """Also in a palette and in grey with alpha; half clear black is middle grey."""
+    pixels = np.zeros((4, 3, 4), np.uint8)
+    pixels[..., 3] = [[255] * 3, [0] * 3, [128] * 3, [255] * 3]
+    pixels[1, :, :3] = [200, 10, 30]  # hidden
+    for mode in ("RGBA", "LA"):
+        out = io.BytesIO()
+        Image.fromarray(pixels).convert(mode).save(out, "PNG")
+        found = decode(out.getvalue(), (channels, 4, 3), "here")
+        expected = np.broadcast_to([[0], [255], [127], [0]], (channels, 4, 3))
+        np.testing.assert_array_equal(found, expected)
+    out = io.BytesIO()
+    palette = Image.fromarray(np.asarray([[0, 1]], np.uint8), "P")
+    palette.putpalette([9, 9, 9, 200, 10, 30])
+    palette.save(out, "PNG", transparency=b"\xff\x00")
+    assert decode(out.getvalue(), (channels, 1, 2), "here").tolist() == [[[9, 255]]] * channels
+
+
 def test_a_jpeg_is_close_to_what_was_saved():
     smooth = np.add.outer(np.arange(16), np.arange(16)).astype(np.uint8) * 8
     found = decode(encoded(smooth, "JPEG"), (1, 16, 16), "here")[0]
@@ -100,6 +119,10 @@ BROKEN_PICTURES = {
     "text": (b"<html>", "not a whole picture in one of PNG, JPEG"),
     "cut": (PICTURE[: len(PICTURE) // 2], "not a whole picture"),
     "size": (encoded(pixels_of(1, (5, 6))[0]), "a picture of 5x6 pixels, data.shape asks for 6x5"),
+    "16 bits": (
+        encoded(pixels_of(1)[0].astype(np.uint16) * 257),
+        "in one of .*pixels of mode I;16.*, not 8 bits a channel",
+    ),
     "other format": (encoded(pixels_of(1)[0], "TIFF"), "not a whole picture in one of"),
 }
 
@@ -223,6 +246,28 @@ def test_files_or_folders_may_name_the_official_parts(tmp_path, names):
         assert group.official[order].tolist() == [TRAIN, TEST]
 
 
+@pytest.mark.parametrize("several", [True, False])
+def test_folders_above_the_data_say_nothing_about_parts(tmp_path, several):
+    """Data kept under ``dev`` are no validation data."""
+    folder = tmp_path / "dev" / "test"
+    names = ["letters-train-0.parquet", *(["deeper/letters-valid-0.parquet"] if several else [])]
+    for name in names:
+        write(folder / name, a=[1.0], label=[0], client_id=["a"])
+    for source in (tmp_path / "dev", folder):
+        (group,) = read(source, split_in_names=True, **NUMBERS)
+        assert sorted(group.official.tolist()) == ([TRAIN, VAL] if several else [TRAIN])
+    write(folder / "letters-0.parquet", a=[1.0], label=[0], client_id=["a"])
+    with pytest.raises(DataError, match=f"nor a folder below {folder} says the part"):
+        read(folder, split_in_names=True, **NUMBERS)
+
+
+def test_a_name_of_two_parts_is_refused(tmp_path):
+    path = write(tmp_path / "dev-train-0.parquet", a=[1.0], label=[0], client_id=["a"])
+    with pytest.raises(DataError, match=r"its name says dev and train .*; rename it") as error:
+        read(path, split_in_names=True, **NUMBERS)
+    assert str(error.value).startswith(f"{path}: ")
+
+
 def test_clients_of_the_test_part_alone_are_unseen(tmp_path):
     path = split_table(
         tmp_path / "a.parquet", list("aabcb"), ["train", "train", "test", "train", "test"]
@@ -299,7 +344,7 @@ BROKEN = {
         {"part": ["train", "holdout"]}, {"split": "part"},
         r"column 'part', row 1 \(data.split\): 'holdout' is none of train, test",
     ),
-    "file without part": ({}, {"split_in_names": True}, "neither its name nor a folder says the"),
+    "file without part": ({}, {"split_in_names": True}, "nor a folder below .* says the part"),
     "pictures of numbers": (
         {}, {"image": "a", "features": (), "shape": (1, 2, 2)},
         r"column 'a', row 0 \(data.image\) must hold the bytes .* found float in a column of d",

@@ -100,15 +100,89 @@ def test_a_context_of_nothing_is_refused():
         ShakespeareConfig(context=0)
 
 
+def examples_of(text, first=0):
+    """A string of 80 characters and the next one at every place from ``first`` on, as LEAF cuts."""
+    places = range(first, len(text) - 80)
+    return [text[at : at + 80] for at in places], [text[at + 80] for at in places]
+
+
+def roles(sizes):
+    """Texts with so many examples, of letters drawn at random."""
+    rng = np.random.default_rng(0)
+    return {f"PLAY_{role}": "".join(rng.choice(list(ALPHABET), size + 80)) for role, size in sizes}
+
+
+def parted(folder, *sets):
+    """Clients and new clients of an experiment, and the text place where each role's rows start."""
+    named = ["data.name=shakespeare", f"data.source={folder}", "method=local", *sets]
+    prepared = prepare_experiment(load_config(None, named))
+    starts = dict(zip(prepared.store.client_ids, prepared.store.start_rows, strict=False))
+    every = (*prepared.partition.clients, *prepared.partition.new_clients)
+    return [(client, starts[client.client_id]) for client in every]
+
+
+def answers_in(part, trained):
+    """How many answers of one part's rows are read in strings or answers of the other's."""
+    places = {place for row in trained for place in range(row, row + 81)}
+    return sum(int(row) + 80 in places for row in part)
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["data.split=none"],
+        ["data.split=none", "evaluation.new_clients=0.3"],
+        ["data.split=none", "data.partition.sizes={min: 300, max: 500}"],
+        ["data.split=user"],
+    ],
+    ids=["clients", "new clients", "thinned", "users of test"],
+)
+def test_no_answer_of_a_test_example_is_read_in_training(tmp_path, sets):
+    by_user = "data.split=user" in sets
+    for role, text in roles([("A", 600), ("B", 900), ("C", 700)]).items():
+        folder = {"PLAY_C": "test"}.get(role, "train") if by_user else "all_data"
+        write(tmp_path / folder / f"{role}.json", {role: examples_of(text)})
+    clients = parted(tmp_path, *sets)
+    assert len(clients) == 3
+    for client, _ in clients:
+        assert min(map(len, client[1:4])) >= 10
+        assert not answers_in(client.test, client.train)
+        assert not answers_in(client.val, client.train)
+        assert not answers_in(client.test, client.val)
+
+
+def test_validation_beside_leafs_own_test_part_is_not_read_in_training_either(tmp_path):
+    """LEAF leaves out 79 examples before its test part, and so no answer is read in training."""
+    text = roles([("A", 600)])["PLAY_A"]
+    x, y = examples_of(text)
+    write(tmp_path / "train" / "a.json", {"PLAY_A": (x[:400], y[:400])})
+    write(tmp_path / "test" / "a.json", {"PLAY_A": examples_of(text, 479)})
+    ((client, start),) = parted(tmp_path)
+    assert [len(part) for part in client[1:4]] == [256, 64, 121]
+    assert sorted(client.train - start) == list(range(256))
+    assert not answers_in(client.val, client.train)
+
+
+def test_a_shorter_context_leaves_out_fewer(tmp_path):
+    path = write(tmp_path / "a.json", {"PLAY_A": examples_of(roles([("A", 600)])["PLAY_A"])})
+    ((client, _),) = parted(path, "data.split=none", "data.context=10")
+    assert sum(map(len, client[1:4])) == 600 - 2 * 10
+    assert client.val.min() - client.train.max() == 11
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "shards"])
+def test_dealing_roles_anew_is_refused(tmp_path, partition):
+    path = write(tmp_path / "a.json", {"PLAY_A": examples_of("abcde" * 80)})
+    message = r"data\.partition\.name: examples of shakespeare overlap .* 80 .*; use natural"
+    with pytest.raises(ConfigError, match=message):
+        parted(path, "data.split=none", f"data.partition.name={partition}")
+
+
 def test_the_next_character_of_a_text_that_repeats_is_learnt_by_the_sets_own_model(tmp_path):
     """Each role repeats its own five letters: from one letter the next follows."""
     users = {}
     for role, letters in (("PLAY_A", "abcde"), ("PLAY_B", "edcba"), ("PLAY_C", "ABCDE")):
-        text = letters * 30
-        users[role] = (
-            [text[at : at + 80] for at in range(60)],
-            [text[at + 80] for at in range(60)],
-        )
+        users[role] = examples_of(letters * 80)
     write(tmp_path / "a.json", users)
     sets = [
         "data.name=shakespeare", f"data.source={tmp_path}", "data.split=none", "method=local",

@@ -187,6 +187,60 @@ def test_the_digest_changes_with_anything_that_changes_training_or_tests():
     assert digest() == digests[0]
 
 
+# -- examples that overlap ------------------------------------------------------------------------
+
+
+@settings(max_examples=100)
+@given(
+    overlap=st.integers(1, 40),
+    share=shares,
+    thinned=st.booleans(),
+    size=st.integers(250, 600),
+    start=st.integers(0, 1000),
+)
+def test_parts_of_overlapping_examples_share_no_content(overlap, share, thinned, size, start):
+    """Row i covers places i to i + overlap of a text; no place is in two parts."""
+    share = tuple(s if s > 0.1 else 0.0 for s in share)
+    rows = np.arange(start, start + size)
+    if thinned:
+        rows = np.sort(np.random.default_rng(size).permutation(rows)[: size // 2])
+    hand = Hand("role", rows, NO_ROWS)
+    (client,) = split_clients([hand], share, 0.0, 0, overlap).clients
+    parts = (client.train, client.val, client.test)
+    covered = [{place for row in part for place in range(row, row + overlap + 1)} for part in parts]
+    assert not covered[0] & covered[1]
+    assert not covered[0] & covered[2]
+    assert not covered[1] & covered[2]
+    assert [len(part) > 0 for part in parts] == [s > 0 for s in share]
+    if not thinned:
+        gaps = overlap * (sum(s > 0 for s in share) - 1)
+        assert sum(map(len, parts)) == size - gaps, "no more is left out than must be"
+        for part, s in zip(parts, share, strict=True):
+            assert abs(len(part) - s / sum(share) * (size - gaps)) <= 1
+
+
+def test_overlapping_examples_drawn_at_random_would_share_content():
+    """What the cut by position is for: else every test example's last place is trained on."""
+    (client,) = split_clients(hands_of([500]), SHARES, 0.0, 0).clients
+    trained = {place for row in client.train for place in range(row, row + 81)}
+    assert {row + 80 for row in client.test} <= trained
+
+
+def test_training_rows_that_overlap_keep_a_random_order():
+    (client,) = split_clients(hands_of([700]), SHARES, 0.0, 0, 80).clients
+    assert sorted(client.train) == list(range(324))
+    assert 100 < (np.diff(client.train) < 0).sum() < 220
+    assert client.val.tolist() == list(range(404, 512))
+    assert client.test.tolist() == list(range(592, 700))
+
+
+@pytest.mark.parametrize("size", [1, 80, 160, 161])
+def test_a_client_too_small_for_what_is_left_out_is_named(size):
+    message = rf"'client-1' has {size} examples, too few .* 80 are left out .*min_examples"
+    with pytest.raises(DataError, match=message):
+        split_clients(hands_of([300, size]), SHARES, 0.0, 0, 80)
+
+
 # -- errors ---------------------------------------------------------------------------------------
 
 
