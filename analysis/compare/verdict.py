@@ -81,13 +81,16 @@ def _headline(mine: Sequence[Compared], over_all: Sequence[Compared], reference:
 
 
 def _losses(compared: Sequence[Compared]) -> list[str]:
-    """``scene: baseline (what), ...`` for every scene with a loss."""
+    """``scene: baseline, baseline (what); ...`` for every scene with a loss."""
     found = []
     for scene in titles(compared):
         lost = [own for own in compared if (own.scene, own.standing) == (scene, "behind")]
         if lost:
             pooled = " pooled" * (lost[0].num_scenes > 1)
-            told = ", ".join(f"{own.baseline} ({_title(own)})" for own in lost)
+            by_title: dict[str, list[str]] = {}
+            for own in lost:
+                by_title.setdefault(_title(own), []).append(own.baseline)
+            told = "; ".join(f"{', '.join(names)} ({title})" for title, names in by_title.items())
             found.append(f"{scene}{pooled}: {told}")
     return found
 

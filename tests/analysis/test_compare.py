@@ -34,7 +34,7 @@ from analysis.compare.paired import (
     pool,
 )
 from analysis.compare.scenes import read_study
-from analysis.compare.verdict import verdict
+from analysis.compare.verdict import TITLES, verdict
 from analysis.report.naming import Variant, marks
 from analysis.report.store import Store
 from selffl_ray import load_config, run_experiment
@@ -611,7 +611,7 @@ def test_a_loss_stands_in_the_first_sentence_and_in_its_list(run):
     first = next(line for line in section.splitlines() if line)
     assert "does not win everywhere" in first
     worst = "fedrep (local accuracy of the worst tenth of the clients)"
-    assert f"(toys: fedrep (local accuracy), fedavg (global accuracy), {worst})" in first
+    assert f"(toys: fedrep (local accuracy); fedavg (global accuracy); {worst})" in first
     # Behind three times, ahead of fedavg twice (local, worst tenth), level in the others.
     assert "behind in 3 of 11 comparisons" in first
     assert "ahead in 2 and level, not told apart, in 6; in 0 of the level ones" in first
@@ -633,7 +633,8 @@ def test_every_comparison_that_is_behind_is_named_whatever_else_is_won(means):
     first = verdict(compared, [], "r").splitlines()[2]
     for at, own in enumerate(compared):
         assert (own.standing == "behind") == (means[at] < 0)
-        assert (f"b{at} (" in first) == (own.standing == "behind")
+        named = re.search(rf"\bb{at}\b[^;]*\({re.escape(TITLES[own.outcome.name][:6])}", first)
+        assert bool(named) == (own.standing == "behind")
 
 
 def test_no_win_is_not_called_one(store, run, tmp_path):
