@@ -126,7 +126,9 @@ def report(comparison: Comparison) -> str:
     everything = [*compared, *pooled]
     blocks = [f"## {', '.join(study.references)} against the other methods"]
     blocks += [markdown(methods_table(scene)) for scene in study.scenes]
-    blocks += [verdict(compared, pooled, label) for label in study.references]
+    blocks += [
+        verdict(compared, pooled, label, study.failures(label)) for label in study.references
+    ]
     for title in titles(everything):
         for label in study.references:
             own = [o for o in everything if (o.scene, o.reference) == (title, label)]

@@ -19,6 +19,8 @@ BAR = 0.24
 """Inches for every reference of a baseline."""
 GAP = 0.16
 """Inches between baselines."""
+MOST_BODY = 9.0
+"""Most inches of all baselines together: the figure fits a page, its bars move closer."""
 FRAME = 1.5
 """Inches of title and axis."""
 LEGEND_COLUMNS = 2
@@ -31,11 +33,12 @@ would leave no room for anything else."""
 
 
 def forests(compared: Sequence[Compared], pooled: Sequence[Compared]) -> list[Picture]:
-    """One figure a scene, one over all; scenes in which nothing is paired have none."""
+    """One figure a scene, one over all, of what is counted; scenes without pairs have none."""
     found = []
     with mpl.rc_context(STYLE):
         for title in titles([*compared, *pooled]):
             own = [o for o in (*compared, *pooled) if o.scene == title and o.differences]
+            own = [o for o in own if o.counted]
             if any(o.outcome in (LOCAL, GLOBAL) for o in own):
                 found.append(_forest(title, own))
     return found
@@ -47,7 +50,8 @@ def _forest(title: str, compared: Sequence[Compared]) -> Picture:
     baselines = list(dict.fromkeys(own.baseline for own in compared))
     legend = _legend(references)
     lines = sum(str(handle.get_label()).count("\n") + 1 for handle in legend) / LEGEND_COLUMNS
-    height = FRAME + LEGEND_LINE * lines + len(baselines) * (GAP + BAR * len(references))
+    body = min(len(baselines) * (GAP + BAR * len(references)), MOST_BODY)
+    height = FRAME + LEGEND_LINE * lines + body
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     panels = figure.subplots(1, len(outcomes), sharey=True, squeeze=False)[0]
     for axes, outcome in zip(panels, outcomes, strict=True):
@@ -127,7 +131,8 @@ def _frame(axes: Axes, own: Compared, outcome: Outcome) -> None:
     unit = "points" if own.factor != 1 else own.score
     axes.set_title(f"{outcome.name} {own.score}", loc="left")
     toward = ("baseline better", "reference better")[:: own.better]
-    axes.set_xlabel(f"{unit}\n\N{LEFTWARDS ARROW} {toward[0]}    {toward[1]} \N{RIGHTWARDS ARROW}")
+    ends = f"\N{LEFTWARDS ARROW} {toward[0]}  |  {toward[1]} \N{RIGHTWARDS ARROW}"
+    axes.set_xlabel(f"{unit}\n{ends}", fontsize="small")
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
 

@@ -48,6 +48,7 @@ def _line(own: Compared) -> dict[str, Any]:
         "num_pairs": num_pairs,
         "num_scenes": own.num_scenes,
         "standing": own.standing,
+        "counted": own.counted,
         "bootstrap_low": low,
         "bootstrap_high": high,
         "num_clients": None if own.each is None else len(own.each),

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from analysis.compare.paired import LOCAL, OUTCOMES, Compared, Outcome, outcomes_of
-from analysis.compare.scenes import Scene, changing_options
+from analysis.compare.paired import (
+    GLOBAL,
+    LOCAL,
+    NOT_USED,
+    OUTCOMES,
+    Compared,
+    Outcome,
+    outcomes_of,
+)
+from analysis.compare.scenes import Scene, changing_options, method_of
 from analysis.compare.verdict import shown_difference
 from analysis.report.layout import ABSENT, column_title, score_rows
 from analysis.report.measures import Measure, score_measures, signed, span
@@ -23,6 +32,7 @@ from analysis.report.summary import Summary
 from analysis.report.tables import Cell, Table
 
 STOPS = "training.stop."
+NOT_COUNTED = "\N{DAGGER}"
 COSTS = (
     Measure("cost/rounds", "rounds", "count", 0),
     Measure("cost/training_steps", "training steps", "count", 0),
@@ -60,6 +70,13 @@ def _method_notes(summary: Summary, measures: Sequence[Measure]) -> Iterator[str
     yield from absent_notes(summary, measures)
     yield from budget_notes(summary, "cost/training_steps", "gradient steps of training")
     yield from _stops(summary)
+    unused = [
+        row.label
+        for row in summary.rows
+        if (row.row.method, GLOBAL) in NOT_USED and row.values(summary.global_)
+    ]
+    if unused:
+        yield f"global of {named(unused)}: the mean of all parameters, a model that nobody uses."
     yield (
         "Steps: gradients of all clients in training, and in the last personalization apart; MB: "
         "10^6 bytes that the method would send in the whole run, all clients together."
@@ -146,9 +163,9 @@ def _difference(own: Compared | None) -> str:
     if own is None or own.interval is None:
         return ABSENT
     text = shown_difference(own)
-    if own.bootstrap is None:
-        return text
-    return f"{text} [{span(*own.bootstrap, own.factor, own.digits)}]"
+    if own.bootstrap is not None:
+        text += f" [{span(*own.bootstrap, own.factor, own.digits)}]"
+    return text if own.counted else f"{text} {NOT_COUNTED}"
 
 
 def _absent(compared: Sequence[Compared]) -> Iterator[str]:
@@ -158,6 +175,13 @@ def _absent(compared: Sequence[Compared]) -> Iterator[str]:
             reasons.setdefault(own.reason, []).append(f"{own.baseline}: {own.outcome.name}")
     for reason, where in reasons.items():
         yield f"{ABSENT} or without a bootstrap interval, {reason} ({named(where)})."
+    unused = dict.fromkeys(own.baseline for own in compared if not own.counted and own.differences)
+    if unused:
+        yield (
+            f"{NOT_COUNTED}: shown for comparison only, in no count, correction or pooling: "
+            "without exchange nobody has a global model; the number is that of the mean of all "
+            f"parameters ({named(list(unused))})."
+        )
     if any(own.ranks is None and own.each is not None for own in compared):
         yield f"{ABSENT}: no signed-rank test where no client differs."
 
@@ -219,7 +243,7 @@ def _clients(scenes: Sequence[Scene]) -> Iterator[str]:
 
 def _families(scenes: Sequence[Scene], compared: Sequence[Compared]) -> Iterator[str]:
     counts = sorted({len(scene.baselines) for scene in scenes if scene.references})
-    decided = sum(own.standing in ("ahead", "level", "behind") for own in compared)
+    decided = sum(own.counted and own.standing in ("ahead", "level", "behind") for own in compared)
     many = " or ".join(map(str, counts))
     yield (
         f"Holm's correction is over the baselines ({many}) of a reference in a scene. Intervals are"
@@ -229,15 +253,13 @@ def _families(scenes: Sequence[Scene], compared: Sequence[Compared]) -> Iterator
     if any(len(scene.references) > 1 for scene in scenes):
         yield "References are not compared with each other; name one by --reference to do so."
     variants = {
-        row.label
-        for scene in scenes
-        for row in scene.summary.rows
-        if row.label != row.row.runs[0].tags["method_label"]
+        row.label for scene in scenes for row in scene.summary.rows if row.label != method_of(row)
     }
     if variants:
         yield (
-            "Configurations of one method in one scene are rows of their own, named by what "
-            f"differs, and never averaged: {named(sorted(variants))}."
+            "Configurations of one method in one scene are rows of their own, named by the fewest "
+            "options that tell them apart (a bare name has the defaults of these), and never "
+            f"averaged: {named(sorted(variants))}."
         )
     alone = [scene.title for scene in scenes if not scene.references]
     if alone:
@@ -251,6 +273,7 @@ def _pooling(scenes: Sequence[Scene], compared: Sequence[Compared]) -> Iterator[
         "scenes are few, so this speaks of these scenes, not of others. Errors of different scale "
         "are pooled as they are."
     )
+    yield from _not_everywhere(scenes)
     labels = dict.fromkeys(label for own in compared for label in (own.reference, own.baseline))
     changing: dict[str, list[str]] = {}
     for label in labels:
@@ -258,3 +281,16 @@ def _pooling(scenes: Sequence[Scene], compared: Sequence[Compared]) -> Iterator[
             changing.setdefault(how, []).append(label)
     for how, own in changing.items():
         yield f"Pooled with options that differ between scenes ({how}): {named(own)}."
+
+
+def _not_everywhere(scenes: Sequence[Scene]) -> Iterator[str]:
+    """Rows that are missing in some of the scenes of one score, with in how many they are."""
+    for score in dict.fromkeys(scene.summary.score for scene in scenes):
+        own = [scene for scene in scenes if scene.summary.score == score and scene.references]
+        counts = Counter(row.label for scene in own for row in scene.summary.rows)
+        partly = [f"{label} ({count})" for label, count in counts.items() if count < len(own)]
+        if partly:
+            yield (
+                f"Not in all {len(own)} scenes with {score}, so pooled over fewer or not at all "
+                f"(in how many): {', '.join(partly)}."
+            )

@@ -46,7 +46,8 @@ class Outcome:
     """What is compared.
 
     metric: with ``{score}`` for ``accuracy`` or ``mse``; new: on clients that never trained;
-    column: of the clients' tables; by_client: whether a client has a number of its own.
+    column: of the clients' tables; by_client: whether a client has a number of its own;
+    not_client_by_client: scores whose clients' numbers do not make up the metric.
     """
 
     name: str
@@ -55,13 +56,29 @@ class Outcome:
     statistic: Callable[[int], Statistic]
     new: bool = False
     by_client: bool = True
+    not_client_by_client: tuple[str, ...] = ()
 
 
 LOCAL = Outcome("local", "test/local_{score}", "local", lambda better: weighted_mean)
-GLOBAL = Outcome("global", "test/global_{score}", "global", lambda better: weighted_mean)
+GLOBAL = Outcome(
+    "global",
+    "test/global_{score}",
+    "global",
+    lambda better: weighted_mean,
+    # Its metric is judged by the global truth, its clients' errors by each client's own.
+    not_client_by_client=("mse",),
+)
 WORST = Outcome("worst tenth", "test/local_{score}_worst10", "local", worst_tenth, by_client=False)
 NEW = Outcome("new clients", "new/local_{score}", "local", lambda better: weighted_mean, new=True)
 OUTCOMES = (LOCAL, GLOBAL, WORST, NEW)
+
+NOT_USED = {("local", GLOBAL)}
+"""Methods and outcomes that nobody would use: without exchange the mean of all parameters is no
+model of anybody, and is shown but not counted."""
+NO_TABLES = "a run without clients.parquet among its artifacts"
+OTHER_TRUTH = (
+    "the clients' errors are judged by each client's own truth, the global model's by that of all"
+)
 
 
 def outcomes_of(summary: Summary) -> list[Outcome]:
@@ -80,7 +97,8 @@ class Compared:
     scene: its title, or ``all scenes``; score: ``accuracy`` or ``mse``; num_scenes: 1, or how many
     are pooled; better: 1 if a higher score is better, else -1; factor, digits: how the score is
     shown; differences: one a pair of runs on the same seed, data and partition; draws: resampled
-    means; each: a number for every client; reason: why the last two, or all, are missing.
+    means; each: a number for every client; reason: why the last two, or all, are missing;
+    counted: False where it is shown only, see ``NOT_USED``.
     """
 
     scene: str
@@ -97,6 +115,7 @@ class Compared:
     reason: str = ""
     num_scenes: int = 1
     holm_p: float | None = None
+    counted: bool = True
 
     @property
     def metric(self) -> str:
@@ -157,7 +176,7 @@ def compare_scenes(scenes: Sequence[Scene]) -> list[Compared]:
 
 def adjusted(family: Sequence[Compared]) -> list[Compared]:
     """The same with Holm's p-values: the family is one reference and outcome, all baselines."""
-    tested = [own for own in family if own.ranks is not None]
+    tested = [own for own in family if own.counted and own.ranks is not None]
     p_values = iter(holm([own.ranks.p_value for own in tested if own.ranks is not None]))
     return [replace(own, holm_p=next(p_values)) if own in tested else own for own in family]
 
@@ -173,10 +192,12 @@ def _compare(
     each, reason = None, ""
     if not differences:
         reason = _reason(summary, metric, reference, baseline)
+    elif summary.score in outcome.not_client_by_client:
+        reason = OTHER_TRUTH
     else:
         ours, theirs = (_tables(r, outcome, list(differences)) for r in (reference, baseline))
         pairs = _client_pairs(ours, theirs, list(differences), outcome.column)
-        reason = "" if pairs else "a run without clients.parquet among its artifacts"
+        reason = "" if pairs else NO_TABLES
         if pairs and outcome.by_client:
             each = _each_client(ours, theirs, outcome.column, natural=summary.section.natural)
     factor, digits = _scale(summary, metric)
@@ -193,6 +214,7 @@ def _compare(
         draws=bootstrap_means(pairs, outcome.statistic(summary.better), number) if pairs else None,
         each=each,
         reason=reason,
+        counted=not any((r.row.method, outcome) in NOT_USED for r in (reference, baseline)),
     )
 
 
@@ -246,7 +268,7 @@ def pool(compared: Sequence[Compared]) -> list[Compared]:
     """
     groups: dict[tuple[str, Outcome, str], dict[str, list[Compared]]] = defaultdict(dict)
     for own in compared:
-        if own.differences:
+        if own.differences and own.counted:
             family = groups[own.reference, own.outcome, own.score]
             family.setdefault(own.baseline, []).append(own)
     several = {
@@ -273,7 +295,7 @@ def _pooled(parts: Sequence[Compared], scene: str) -> Compared:
         differences=tuple(d for own in parts for d in own.differences),
         draws=counts @ np.stack(draws) / counts.sum() if whole else None,
         each=np.concatenate(each) if len(each) == len(parts) else None,
-        reason="" if whole else "a run without clients.parquet among its artifacts",
+        reason=next((own.reason for own in parts if own.draws is None), ""),
         num_scenes=len(parts),
         holm_p=None,
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from analysis.report.grouping import SECTION_PARAMS, options, sections
 from analysis.report.grouping import differences as told_apart
 from analysis.report.notes import named
-from analysis.report.selection import select
+from analysis.report.selection import select, told
 from analysis.report.store import Store, StoredRun, nearest
 from analysis.report.summary import RowSummary, Summary, summarize
 from selffl_ray.errors import UsageError
@@ -42,17 +42,29 @@ class Scene:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """All scenes; where the runs come from and what was left out, in sentences."""
+    """All scenes; where the runs come from and what was left out, in sentences.
+
+    failed: runs that ended with an error and that would have counted; with those of a sweep's
+    stage that selects, which might have chosen otherwise.
+    """
 
     scenes: tuple[Scene, ...]
     sources: tuple[str, ...]
     left_out: tuple[str, ...]
+    failed: tuple[StoredRun, ...] = ()
 
     @property
     def references(self) -> tuple[str, ...]:
         """Labels of all references, in the order in which they are met."""
         labels = [row.label for scene in self.scenes for row in scene.references]
         return tuple(dict.fromkeys(labels))
+
+    def failures(self, reference: str) -> str:
+        """Failed runs of a reference and of the baselines, as text; "" without any."""
+        rows = [row for scene in self.scenes for row in scene.references]
+        own = {method_of(row) for row in rows if row.label == reference}
+        others = {method_of(row) for row in rows} - own
+        return told([run for run in self.failed if run.tags["method_label"] not in others])
 
 
 def read_study(
@@ -73,10 +85,11 @@ def read_study(
     if parent is not None and len(names) > 1:
         raise UsageError("--parent names a sweep of one experiment; give --experiment once")
     runs: list[StoredRun] = []
-    sources, left_out = [], []
+    sources, left_out, failed = [], [], []
     for name in names:
         chosen = select(store.runs(name), parent)
         runs += chosen.runs
+        failed += chosen.failed
         sources.append(f"{name}: {chosen.source}")
         left_out += [f"{name}: {note}" for note in chosen.left_out]
     runs, untested = _tested(runs)
@@ -84,7 +97,7 @@ def read_study(
     summaries = [summarize(store, section, None) for section in found]
     scenes = _scenes(summaries, wanted)
     _check_pairs(scenes)
-    return Study(scenes, tuple(sources), (*left_out, *untested))
+    return Study(scenes, tuple(sources), (*left_out, *untested), tuple(failed))
 
 
 def _tested(runs: Sequence[StoredRun]) -> tuple[list[StoredRun], list[str]]:

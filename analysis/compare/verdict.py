@@ -33,11 +33,20 @@ def shown_difference(own: Compared) -> str:
     return f"{mean} ({span(low, high, own.factor, own.digits)})"
 
 
-def verdict(compared: Sequence[Compared], pooled: Sequence[Compared], reference: str) -> str:
-    """The section of one reference, in Markdown."""
-    mine = [own for own in compared if own.reference == reference]
+def verdict(
+    compared: Sequence[Compared], pooled: Sequence[Compared], reference: str, failed: str = ""
+) -> str:
+    """The section of one reference, in Markdown.
+
+    Args:
+        failed: methods and seeds of runs of the reference and its baselines that failed.
+    """
+    mine = [own for own in compared if own.reference == reference and own.counted]
     over_all = [own for own in pooled if own.reference == reference]
-    lines = [f"### Where {reference} stands", "", _headline(mine, over_all, reference)]
+    headline = _headline(mine, over_all, reference)
+    if failed:
+        headline += f" FAILED RUNS, in none of these numbers: {failed}."
+    lines = [f"### Where {reference} stands", "", headline]
     for outcome in OUTCOMES:
         own = [one for one in mine if one.outcome is outcome]
         if own:
@@ -72,13 +81,16 @@ def _headline(mine: Sequence[Compared], over_all: Sequence[Compared], reference:
 
 
 def _losses(compared: Sequence[Compared]) -> list[str]:
-    """``scene: baseline (what), ...`` for every scene with a loss."""
+    """``scene: baseline, baseline (what); ...`` for every scene with a loss."""
     found = []
     for scene in titles(compared):
         lost = [own for own in compared if (own.scene, own.standing) == (scene, "behind")]
         if lost:
             pooled = " pooled" * (lost[0].num_scenes > 1)
-            told = ", ".join(f"{own.baseline} ({_title(own)})" for own in lost)
+            by_title: dict[str, list[str]] = {}
+            for own in lost:
+                by_title.setdefault(_title(own), []).append(own.baseline)
+            told = "; ".join(f"{', '.join(names)} ({title})" for title, names in by_title.items())
             found.append(f"{scene}{pooled}: {told}")
     return found
 

@@ -7,6 +7,7 @@ How a run becomes a number, in the order in which it happens:
 ``store``       reads MLflow: runs, metric series, ``clients.parquet``; writes nothing
 ``selection``   which runs count: one sweep, or all runs without parent; finished ones only
 ``grouping``    sections (one data set, one stage, one deal of the data) and rows (one method each)
+``naming``      labels of rows: the fewest options that tell one method's rows apart
 ``numbers``     the final and the selected round of a run, and what it cost
 ``clients``     accuracy by client, and clients harmed against other rows
 ``statistics``  intervals over seeds, paired differences, what "within the interval" means

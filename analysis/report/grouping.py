@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from analysis.report.naming import SHORT, UNSET, marks, method_defaults, shorten, variant
 from analysis.report.store import StoredRun
 
 SECTION_PARAMS = ("data.", "evaluation.splits", "evaluation.new_clients", "evaluation.max_clients")
@@ -21,8 +22,6 @@ IGNORED = ("data.source",)
 
 STAGES = {"confirm": 0, "": 1, "select": 2}
 """Stages of a sweep in the order of the report; runs outside of sweeps have none."""
-SHORT = 40
-"""Longest value of a parameter in a label."""
 
 
 class PairKey(NamedTuple):
@@ -85,7 +84,9 @@ def sections(runs: Sequence[StoredRun], apart: tuple[str, ...] = SECTION_PARAMS)
     split = [part for same in parts.values() for part in _by_data(same)]
     split.sort(key=lambda part: (_stage(part[0]), part[0].tags["dataset"]))
     names = _distinct_names(split, apart)
-    return [_section(part, name) for part, name in zip(split, names, strict=True)]
+    groups = [_groups(part) for part in split]
+    labels = _labels([[same[0] for same in part] for part in groups])
+    return [_section(*one) for one in zip(groups, labels, names, strict=True)]
 
 
 def _stage(run: StoredRun) -> int:
@@ -142,37 +143,26 @@ def differences(groups: Sequence[Mapping[str, str]]) -> list[str]:
     differing = [n for n in names if len({group.get(n) for group in groups}) > 1]
     short = shorten(differing)
     return [
-        " ".join(f"{short[n]}={group.get(n, 'unset')[:SHORT]}" for n in differing)
-        for group in groups
+        " ".join(f"{short[n]}={group.get(n, UNSET)[:SHORT]}" for n in differing) for group in groups
     ]
 
 
-def shorten(names: Sequence[str]) -> dict[str, str]:
-    """The last parts of dotted names, as few as keep them apart; a last ``name`` is dropped."""
-    parts = {name: name.removesuffix(".name").split(".") for name in names}
-    found = {}
-    for name, own in parts.items():
-        others = [other for key, other in parts.items() if key != name]
-        count = next(
-            (n for n in range(1, len(own)) if all(own[-n:] != other[-n:] for other in others)),
-            len(own),
-        )
-        found[name] = ".".join(own[-count:])
-    return found
-
-
-def _section(runs: Sequence[StoredRun], title: str) -> Section:
+def _groups(runs: Sequence[StoredRun]) -> list[list[StoredRun]]:
+    """The runs of every row."""
     groups: dict[tuple[Hashable, ...], list[StoredRun]] = defaultdict(list)
     for run in runs:
         groups[_label(run), _values(run, ROW_PARAMS)].append(run)
-    labels = _labels([same[0] for same in groups.values()])
+    return list(groups.values())
+
+
+def _section(groups: Sequence[Sequence[StoredRun]], labels: Sequence[str], title: str) -> Section:
     rows, older = [], 0
-    for label, same in zip(labels, groups.values(), strict=True):
+    for label, same in zip(labels, groups, strict=True):
         newest = _newest_of_each(same, key=lambda run: int(run.tags["seed"]))
         older += len(same) - len(newest)
         chosen = any(run.tags.get("best") == "true" for run in newest)
         rows.append(Row(label, same[0].tags["method"], tuple(newest), chosen))
-    first = runs[0].tags
+    first = groups[0][0].tags
     return Section(title, first.get("stage", ""), first["dataset"], tuple(rows), older)
 
 
@@ -180,15 +170,25 @@ def _label(run: StoredRun) -> str:
     return run.tags.get("configuration") or run.tags["method_label"]
 
 
-def _labels(runs: Sequence[StoredRun]) -> list[str]:
-    """Labels of the rows' first runs, told apart by the parameters that differ."""
-    labels = [_label(run) for run in runs]
-    for label in set(labels):
-        members = [at for at, own in enumerate(labels) if own == label]
-        marks = differences([options(runs[at]) for at in members])
-        for at, mark in zip(members, marks, strict=True):
-            labels[at] = f"{label} ({mark})" if mark else label
-    return labels
+def _labels(parts: Sequence[Sequence[StoredRun]]) -> list[list[str]]:
+    """Labels of the rows' first runs, one list a section; one label means one thing in all."""
+    found = [[_label(run) for run in runs] for runs in parts]
+    for label in {label for labels in found for label in labels}:
+        members = [[run for run in runs if _label(run) == label] for runs in parts]
+        places = [[variant(run, options(run)) for run in runs] for runs in members]
+        for runs, labels, told in zip(
+            parts, found, marks(places, _defaults(label, members)), strict=True
+        ):
+            at = (at for at, run in enumerate(runs) if _label(run) == label)
+            for place, mark in zip(at, told, strict=True):
+                labels[place] = f"{label} {mark}".strip()
+    return found
+
+
+def _defaults(label: str, members: Sequence[Sequence[StoredRun]]) -> Mapping[str, str]:
+    """The method's defaults where the label is its bare name: a preset has other ones."""
+    methods = {run.tags["method"] for runs in members for run in runs}
+    return method_defaults(label) if methods == {label} else {}
 
 
 def _newest_of_each(runs: Iterable[StoredRun], key: Callable[[StoredRun], int]) -> list[StoredRun]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from analysis.report.grouping import options, pair_key
+from analysis.report.naming import own_name
 from analysis.report.store import StoredRun, nearest
 from selffl_ray.errors import UsageError
 
@@ -22,11 +24,15 @@ LEFT_OUT = {
 
 @dataclass(frozen=True)
 class Selection:
-    """The runs that count, newest first; of what; and what was left out, in sentences."""
+    """The runs that count, newest first; of what; and what was left out, in sentences.
+
+    failed: runs that ended with an error, unless the same one was run again and finished.
+    """
 
     runs: tuple[StoredRun, ...]
     source: str
     left_out: tuple[str, ...]
+    failed: tuple[StoredRun, ...] = ()
 
 
 def select(runs: Sequence[StoredRun], parent: str | None) -> Selection:
@@ -50,20 +56,43 @@ def select(runs: Sequence[StoredRun], parent: str | None) -> Selection:
         source = f"the runs of {chosen.name} ({chosen.run_id})"
         outside = len(runs) - len(ours) - 1
         notes = [f"{_runs(outside)} outside of {chosen.name}"] if outside else []
-    kept, reasons = [], Counter[str]()
+    kept: list[StoredRun] = []
+    foreign = 0
+    dropped: dict[str, list[StoredRun]] = defaultdict(list)
     for run in ours:
         if any(tag not in run.tags for tag in NEEDED_TAGS):
-            reasons["without the tags of selffl_ray"] += 1
+            foreign += 1
         elif run.status != "FINISHED":
-            reasons[LEFT_OUT.get(run.status, run.status)] += 1
+            dropped[LEFT_OUT.get(run.status, run.status)].append(run)
         else:
             kept.append(run)
-    notes += [f"{_runs(count)} {reason}" for reason, count in reasons.items()]
+    notes += [f"{_runs(foreign)} without the tags of selffl_ray"] if foreign else []
+    notes += [f"{_runs(len(own))} {why} ({told(own)})" for why, own in dropped.items()]
     if not kept:
         raise UsageError(
             f"no finished run among {source}" + (f" ({'; '.join(notes)})" if notes else "")
         )
-    return Selection(tuple(kept), source, tuple(notes))
+    whole = {_same(run) for run in kept}
+    failed = tuple(r for r in dropped[LEFT_OUT["FAILED"]] if _same(r) not in whole)
+    return Selection(tuple(kept), source, tuple(notes), failed)
+
+
+def told(runs: Sequence[StoredRun]) -> str:
+    """``fedrep seeds 3, 4; ditto seed 0``: methods and seeds of runs."""
+    seeds: dict[str, set[int]] = defaultdict(set)
+    for run in runs:
+        selects = " in the stage that selects" * (run.tags.get("stage") == "select")
+        seeds[own_name(run) + selects].add(int(run.tags["seed"]))
+    return "; ".join(
+        f"{name} seed{'s' * (len(own) > 1)} {', '.join(map(str, sorted(own)))}"
+        for name, own in sorted(seeds.items())
+    )
+
+
+def _same(run: StoredRun) -> tuple[object, ...]:
+    """What a failed run and one that was started in its place have in common."""
+    row = tuple(sorted(options(run).items()))
+    return run.tags.get("stage"), run.tags["dataset"], pair_key(run), run.tags["method_label"], row
 
 
 def _runs(count: int) -> str:

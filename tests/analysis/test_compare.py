@@ -24,9 +24,18 @@ from analysis.compare.bootstrap import (
     worst_tenth,
 )
 from analysis.compare.forest import forests
-from analysis.compare.paired import LOCAL, OUTCOMES, Compared, adjusted, compare_scenes, pool
+from analysis.compare.paired import (
+    GLOBAL,
+    LOCAL,
+    OUTCOMES,
+    Compared,
+    adjusted,
+    compare_scenes,
+    pool,
+)
 from analysis.compare.scenes import read_study
-from analysis.compare.verdict import verdict
+from analysis.compare.verdict import TITLES, verdict
+from analysis.report.naming import Variant, marks
 from analysis.report.store import Store
 from selffl_ray import load_config, run_experiment
 from tests.analysis.made_runs import Made, MadeStore
@@ -298,6 +307,43 @@ def test_more_clients_harmed_than_helped_is_said_although_the_mean_is_ahead(stor
     assert said in text
 
 
+def test_the_mean_of_models_that_never_met_is_shown_but_neither_counted_nor_pooled(
+    store, run, tmp_path
+):
+    made = MadeStore(store=store, folder=tmp_path)
+    for part in ("0.5", "1.0"):
+        for seed in (0, 1):
+            common = {"seed": seed, "params": {"training.participation_rate": part}}
+            made.add("alone-too", Made(label=TWO, local=[0.9] * 4, global_=0.8, **common))
+            made.add("alone-too", Made(label="local", local=[0.8] * 4, global_=0.2, **common))
+            made.add("alone-too", Made(label="fedavg", local=[0.8] * 4, global_=0.7, **common))
+    compared, pooled, text = run("alone-too")
+    assert {o.baseline for o in compared if o.outcome is GLOBAL} == {"local", "fedavg"}
+    assert {o.baseline for o in pooled if o.outcome is GLOBAL} == {"fedavg"}
+    assert {o.baseline for o in pooled if o.outcome is LOCAL} == {"local", "fedavg"}
+    # Two scenes of local and worst tenth against two baselines, global against one.
+    assert "behind in none of 10 comparisons" in text
+    assert "Global accuracy: behind in 0, level in 0, ahead in 2 of 2" in text
+    assert "+60.0 (+60.0 to +60.0) [+60.0 to +60.0] \N{DAGGER}" in text
+    assert "\N{DAGGER}: shown for comparison only" in text
+    unused = [o for o in compared if not o.counted]
+    assert {(o.baseline, o.outcome, o.holm_p) for o in unused} == {("local", GLOBAL, None)}
+    for picture in forests(compared, pooled):
+        assert max(picture.figure.axes[1].get_xlim()) < 60
+
+
+def test_errors_of_a_global_model_have_no_numbers_of_clients(run):
+    """Its metric is judged by another truth than its clients' rows are."""
+    compared, _, text = run("errors")
+    for baseline in ("fedavg", "fedrep"):
+        found = one(compared, baseline, "global")
+        assert found.interval is not None
+        assert (found.draws, found.bootstrap, found.each, found.ranks) == (None,) * 4
+        assert found.holm_p is None
+        assert one(compared, baseline).draws is not None
+    assert "without a bootstrap interval, the clients' errors are judged by each client's" in text
+
+
 # -- the bootstrap --------------------------------------------------------------------------------
 
 
@@ -399,15 +445,96 @@ def test_options_that_differ_between_pooled_scenes_are_said(store, run, tmp_path
     assert (set(said[0][0].split(" | ")), said[0][1]) == ({"mu=0.1", "mu=1"}, "fedprox")
 
 
+SERVERS = ("mean", "fedavgm", "fedadam")
+
+
+def add_servers(made: MadeStore, experiment: str, *, tagged: bool) -> None:
+    """Two scenes, each with a rate of its own: FedAvg with three servers in one, alone in one.
+
+    FedAvg is 0.1 below Self-FL in the first scene and 0.3 in the second.
+    """
+    for part, rate in (("0.5", "0.1"), ("1.0", "0.6")):
+        for seed in (0, 1):
+            scene = {"training.participation_rate": part}
+            own = Made(label=TWO, seed=seed, local=[0.9] * 4, params=scene)
+            made.add(experiment, own)
+            for at, server in enumerate(SERVERS if part == "0.5" else SERVERS[:1]):
+                params = scene | {"method.server.name": server, "training.learning_rate": rate}
+                if server != "mean":
+                    params |= {"method.server.learning_rate": "0.01", "method.server.floor": "1"}
+                named = "fedavg" if server == "mean" else str({"name": "fedavg", "server": server})
+                local = [(0.8 if part == "0.5" else 0.6) - 0.01 * at] * 4
+                tags = {"space.method": named} if tagged else {}
+                own = Made(label="fedavg", seed=seed, local=local, params=params, tags=tags)
+                made.add(experiment, own)
+
+
+@pytest.mark.parametrize("tagged", [True, False], ids=["sweep", "by hand"])
+def test_a_method_beside_its_variants_keeps_its_name_and_is_pooled_over_all_scenes(
+    tagged, store, run, tmp_path
+):
+    add_servers(MadeStore(store=store, folder=tmp_path), f"servers-{tagged}", tagged=tagged)
+    compared, pooled, text = run(f"servers-{tagged}")
+    first = {own.baseline for own in compared if "0.5" in own.scene}
+    assert first == {"fedavg", "fedavg server=fedavgm", "fedavg server=fedadam"}
+    found = one(pooled, "fedavg")
+    assert (found.num_scenes, found.interval.mean) == (2, pytest.approx(0.2))
+    assert {own.baseline for own in pooled} == {"fedavg"}
+    said = re.findall(r"Not in all 2 scenes with accuracy, .*: (.*)\.", text)
+    assert set(said[0].split(", ")) == {"fedavg server=fedavgm (1)", "fedavg server=fedadam (1)"}
+    assert "Pooled with options that differ between scenes" in text
+
+
+def test_what_a_sweep_takes_for_two_methods_is_not_pooled_though_each_is_alone(
+    store, run, tmp_path
+):
+    made = MadeStore(store=store, folder=tmp_path)
+    for part, steps in (("0.5", "1"), ("1.0", "20")):
+        named = "perfedavg" if steps == "1" else str({"name": "perfedavg", "adapt_steps": 20})
+        for seed in (0, 1):
+            scene = {"training.participation_rate": part}
+            made.add("alike", Made(label=TWO, seed=seed, local=[0.9] * 4, params=scene))
+            params = scene | {"method.adapt_steps": steps, "method.inner_rate": part}
+            tags = {"space.method": named}
+            own = Made(label="perfedavg", seed=seed, local=[0.8] * 4, params=params, tags=tags)
+            made.add("alike", own)
+    compared, pooled, text = run("alike")
+    assert {own.baseline for own in compared} == {"perfedavg", "perfedavg adapt_steps=20"}
+    assert pooled == []
+    assert "perfedavg (1)" in text
+
+
+def variants(*rows: dict[str, str]) -> list[Variant]:
+    return [Variant(row, None) for row in rows]
+
+
+def test_a_label_names_the_fewest_options_and_those_of_the_method_first():
+    """Two of three options that differ suffice; each of mu and rate alone tells the last two."""
+    both = {"method.mu": "1", "training.learning_rate": "2", "method.kind": "a"}
+    other = {"method.mu": "3", "training.learning_rate": "4", "method.kind": "a"}
+    assert marks([variants(both, other)], {}) == [["mu=1", "mu=3"]]
+    third = other | {"method.kind": "b"}
+    assert marks([variants(both, other, third)], {}) == [
+        ["kind=a mu=1", "kind=a mu=3", "kind=b mu=3"]
+    ]
+
+
+def test_a_default_is_left_out_unless_two_rows_would_then_be_called_alike():
+    rows = variants({"method.kind": "a"}, {"method.kind": "b"})
+    assert marks([rows], {"method.kind": "a"}) == [["", "kind=b"]]
+    rows = variants({"method.mu": "1"}, {"method.mu": "2"})
+    assert marks([rows], {"method.mu": "1"}) == [["mu=1", "mu=2"]]
+
+
 # -- which runs count -----------------------------------------------------------------------------
 
 
 def test_the_selecting_stage_is_left_out_with_its_count_and_variants_stay_apart(run):
     compared, _, text = run("sweep")
     assert "4 runs of a sweep's stage that selects, whose test data are sealed" in text
-    assert one(compared, "fedprox (mu=0.1)").interval.mean == pytest.approx(0.1)
-    assert one(compared, "fedprox (mu=1)").interval.mean == pytest.approx(0.2)
-    assert "never averaged: fedprox (mu=0.1), fedprox (mu=1)" in text
+    assert one(compared, "fedprox mu=0.1").interval.mean == pytest.approx(0.1)
+    assert one(compared, "fedprox mu=1").interval.mean == pytest.approx(0.2)
+    assert "never averaged: fedprox mu=0.1, fedprox mu=1" in text
     assert "99.0" not in text
 
 
@@ -430,6 +557,38 @@ def test_what_a_sweep_varied_beside_the_options_of_a_row_is_not_pooled(store, ru
     assert "with a newer one of the same row" not in text
 
 
+def test_failed_runs_are_named_with_their_seeds_and_in_the_first_sentences(store, run, tmp_path):
+    made = MadeStore(store=store, folder=tmp_path)
+    adam = {"space.method": str({"name": "fedavg", "server": "fedadam"})}
+    for seed in range(4):
+        made.add("broken", Made(label=TWO, seed=seed, local=[0.9] * 4))
+        made.add("broken", Made(label="fedavg", seed=seed, local=[0.8] * 4))
+    for seed in (2, 3):
+        broken = Made(
+            label="fedavg",
+            seed=seed,
+            local=[0.8] * 4,
+            status="FAILED",
+            tags=adam,
+            params={"method.server.name": "fedadam"},
+        )
+        made.add("broken", broken)
+    made.add("broken", Made(label=TWO, seed=0, local=[0.9] * 4, status="FAILED"))
+    made.add("broken", Made(label="selffl-exact", seed=0, local=[0.9] * 4))
+    made.add("broken", Made(label="selffl-exact", seed=1, local=[0.9] * 4, status="FAILED"))
+    text = run("broken")[2]
+    failed = f"fedavg server=fedadam seeds 2, 3; selffl-exact seed 1; {TWO} seed 0"
+    assert f"broken: 4 runs failed ({failed})" in text
+    # The reference's own was run again and finished; that of another reference is not beside it.
+    first = text.split(f"### Where {TWO} stands")[1].strip().splitlines()[0]
+    assert first.endswith(
+        "FAILED RUNS, in none of these numbers: fedavg server=fedadam seeds 2, 3."
+    )
+    other = text.split("### Where selffl-exact stands")[1].strip().splitlines()[0]
+    assert other.endswith("fedavg server=fedadam seeds 2, 3; selffl-exact seed 1.")
+    assert "FAILED RUNS" not in run("study")[2]
+
+
 def test_a_reference_may_be_any_method_and_then_self_fl_is_a_baseline(run):
     compared, _, _ = run("errors", references=("fedrep", "fedavg"))
     assert {own.reference for own in compared} == {"fedrep", "fedavg"}
@@ -440,7 +599,7 @@ def test_a_reference_may_be_any_method_and_then_self_fl_is_a_baseline(run):
 
 def test_a_method_named_without_its_options_means_all_of_its_configurations(run):
     compared, _, _ = run("sweep", references=("fedprox",))
-    assert {own.reference for own in compared} == {"fedprox (mu=0.1)", "fedprox (mu=1)"}
+    assert {own.reference for own in compared} == {"fedprox mu=0.1", "fedprox mu=1"}
 
 
 # -- what is said ---------------------------------------------------------------------------------
@@ -452,7 +611,7 @@ def test_a_loss_stands_in_the_first_sentence_and_in_its_list(run):
     first = next(line for line in section.splitlines() if line)
     assert "does not win everywhere" in first
     worst = "fedrep (local accuracy of the worst tenth of the clients)"
-    assert f"(toys: fedrep (local accuracy), fedavg (global accuracy), {worst})" in first
+    assert f"(toys: fedrep (local accuracy); fedavg (global accuracy); {worst})" in first
     # Behind three times, ahead of fedavg twice (local, worst tenth), level in the others.
     assert "behind in 3 of 11 comparisons" in first
     assert "ahead in 2 and level, not told apart, in 6; in 0 of the level ones" in first
@@ -474,7 +633,8 @@ def test_every_comparison_that_is_behind_is_named_whatever_else_is_won(means):
     first = verdict(compared, [], "r").splitlines()[2]
     for at, own in enumerate(compared):
         assert (own.standing == "behind") == (means[at] < 0)
-        assert (f"b{at} (" in first) == (own.standing == "behind")
+        named = re.search(rf"\bb{at}\b[^;]*\({re.escape(TITLES[own.outcome.name][:6])}", first)
+        assert bool(named) == (own.standing == "behind")
 
 
 def test_no_win_is_not_called_one(store, run, tmp_path):
