@@ -289,6 +289,8 @@ class Step:
 
     def grad(self, theta_CP: Tensor, batch: Batch | None = None) -> Tensor:
         """Mean-loss gradient at theta, (C, P); zero for finished rows."""
+        if bool(self.active_C.all()):
+            return self.active_grad(theta_CP, batch).clone()
         grad_CP = torch.zeros_like(theta_CP)
         grad_CP[self.pick] = self.active_grad(theta_CP, batch)
         return grad_CP

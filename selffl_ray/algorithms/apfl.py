@@ -92,7 +92,7 @@ def apfl(config: APFLConfig, federation: Federation) -> Algorithm:
             if config.adaptive and step.index == 0:
                 slope_C1 = ((own.params_CP - w_CP) * grad_CP).sum(1, keepdim=True)
                 share_C1 = (share_C1 - config.share_rate * rate * slope_C1).clamp(0, 1)
-            moved_CP = own.params_CP - rate * own.share_C1 * grad_CP
+            moved_CP = own.params_CP - grad_CP.mul_(rate * own.share_C1)
             return Mixture(moved_CP, share_C1)
 
         trained = local_sgd(stack, start=shared.params_P, observe=train_own, seen=state)
@@ -115,7 +115,8 @@ def apfl(config: APFLConfig, federation: Federation) -> Algorithm:
 
 def _mix(own: Mixture, other: Tensor) -> Tensor:
     """Share * own model + (1 - share) * the other, (C, P) or (P,): (C, P)."""
-    return own.share_C1 * own.params_CP + (1 - own.share_C1) * other
+    # One pass over the parameters, and exact at both ends of the share.
+    return torch.lerp(other.expand_as(own.params_CP), own.params_CP, own.share_C1)
 
 
 def _cautions(config: APFLConfig) -> tuple[str, ...]:
