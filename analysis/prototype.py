@@ -40,7 +40,12 @@ TUNING_SEED = 100
 NOTE = """Local training stands here twice: as chosen by the prototype's rule (rate and number of
 steps by the sum of both accuracies on seed 100), and with 100 steps, the shortest choice of its
 grid. The choice moves its figures by more than the tolerance, and which one the prototype made is
-not on record. Self-FL rows are single configurations."""
+not on record. Self-FL rows are single configurations.
+
+APFL and FedRep predict here with the newest shared part (APFL's mixture with the newest global
+model, FedRep's head on the newest body); the prototype scored them with the client's own copy after
+its last local steps. That is the likely reason where their local accuracy exceeds the prototype's
+by more than the tolerance; it was not run the prototype's way."""
 
 Figures = dict[str, tuple[float, float]]
 
