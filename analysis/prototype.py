@@ -25,6 +25,7 @@ import pandas as pd
 
 from selffl_ray import run_experiment
 from selffl_ray.config import apply_value, parse_config
+from selffl_ray.errors import RunError
 from selffl_ray.search_space import Settings, expand, read_space
 from selffl_ray.sweep import load_sweep
 
@@ -40,12 +41,7 @@ TUNING_SEED = 100
 NOTE = """Local training stands here twice: as chosen by the prototype's rule (rate and number of
 steps by the sum of both accuracies on seed 100), and with 100 steps, the shortest choice of its
 grid. The choice moves its figures by more than the tolerance, and which one the prototype made is
-not on record. Self-FL rows are single configurations.
-
-APFL and FedRep predict here with the newest shared part (APFL's mixture with the newest global
-model, FedRep's head on the newest body); the prototype scored them with the client's own copy after
-its last local steps. That is the likely reason where their local accuracy exceeds the prototype's
-by more than the tolerance; it was not run the prototype's way."""
+not on record. Self-FL rows are single configurations."""
 
 Figures = dict[str, tuple[float, float]]
 
@@ -123,7 +119,7 @@ def study(scenario: str, variant: Variant, seeds: Sequence[int]) -> list[dict[st
 def _both(settings: Settings) -> float:
     try:
         row = _run(settings, TUNING_SEED)
-    except Exception as error:
+    except RunError as error:
         # A choice that diverges is not chosen.
         print(f"left out: {settings}: {error}", flush=True)
         return float("-inf")

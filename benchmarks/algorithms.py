@@ -2,11 +2,11 @@
 
     python -m benchmarks.algorithms [--passes 3] [--methods a,b] [--output FILE.csv]
 
-W1 in one process, on one thread, in processor time: other work on the machine slows the clock and
-not this. The steady rounds are those by which a run of 10 rounds exceeds one of 2. Each pass runs
-FedAvg and then every method. ``gradients`` is a method's mini-batch gradients over FedAvg's,
-``time`` its processor time over FedAvg's, and ``overhead`` their quotient less one: what a method
-costs beyond its gradients.
+W1 in one process, on one thread, in processor time: other work on the machine slows the clock much
+more than this. The steady rounds are those by which a run of 10 rounds exceeds one of 2. Each pass
+runs every method once. Of medians over the passes: ``gradients`` is a method's mini-batch gradients
+over FedAvg's, ``time`` its processor time over FedAvg's, and ``overhead`` their quotient less one:
+what a method costs beyond its gradients.
 """
 
 from __future__ import annotations
@@ -45,24 +45,22 @@ def _run(method: str, rounds: int) -> tuple[float, float]:
 
 
 def one_pass(methods: list[str], number: int) -> list[dict[str, object]]:
-    """FedAvg, then every method."""
-    base_s, base_gradients = steady(REFERENCE)
+    """Every method once, FedAvg among them."""
     rows: list[dict[str, object]] = []
-    for method in methods:
+    for method in dict.fromkeys((REFERENCE, *methods)):
         seconds, gradients = steady(method)
-        ratio, more = seconds / base_s, gradients / base_gradients
-        rows.append(
-            {
-                "method": method,
-                "seconds": seconds,
-                "time": ratio,
-                "gradients": more,
-                "overhead": ratio / more - 1,
-                "pass": number,
-            }
-        )
+        rows.append({"method": method, "pass": number, "cpu_s": seconds, "gradients": gradients})
         print(pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1), flush=True)
     return rows
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Medians over the passes beside FedAvg's."""
+    medians = rows.groupby("method", sort=False)[["cpu_s", "gradients"]].median()
+    time_ratio = medians["cpu_s"] / medians.loc[REFERENCE, "cpu_s"]
+    gradients = medians["gradients"] / medians.loc[REFERENCE, "gradients"]
+    found = {"time": time_ratio, "gradients": gradients, "overhead": time_ratio / gradients - 1}
+    return pd.DataFrame(found).round(2)
 
 
 def main() -> None:
@@ -76,8 +74,7 @@ def main() -> None:
     steady(REFERENCE)  # Prepares the data and warms the caches.
     rows = [row for n in range(options.passes) for row in one_pass(methods, n)]
     frame = pd.DataFrame(rows)
-    medians = frame.groupby("method", sort=False)[["time", "gradients", "overhead"]].median()
-    print(medians.round(3).to_string())
+    print(table(frame).to_string())
     if options.output:
         frame["machine"] = f"{processor()}, {platform.platform()}"
         Path(options.output).parent.mkdir(parents=True, exist_ok=True)

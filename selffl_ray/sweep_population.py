@@ -45,11 +45,10 @@ from selffl_ray.sweep import (
 from selffl_ray.sweep_mutation import Copy, decide, legs, mutations
 from selffl_ray.sweep_results import ENDED, FAILURE
 from selffl_ray.sweep_search import MOST_CORNERS
-from selffl_ray.tables import write_json
+from selffl_ray.tables import TABLES, write_json
 from selffl_ray.training import CHANGEABLE
 
 LOG = "population.json"
-TABLES = ("rounds", "clients", "uncertainty")
 FEWEST = 2
 
 
@@ -120,6 +119,10 @@ def _check_options(sweep: SweepConfig) -> None:
             budget.gradient_steps is not None,
             "compares its trials after the same rounds; bound them with training.num_rounds",
         ),
+        "budget.bytes": (
+            budget.bytes is not None,
+            "compares its trials after the same rounds; bound them with training.num_rounds",
+        ),
     }
     for name, (given, why) in refused.items():
         if given:
@@ -136,8 +139,8 @@ def _check_key(dimension: Dimension, member: Configuration, prepared: Prepared) 
         able = [f"{p}.{name}" for p, names in known.items() for name in sorted(names)]
         raise ConfigError(
             f"scheduler.mutate: {key}{nearest(key, able)} cannot change during a run of "
-            f"{config.method.name}: state, data or plan depend on it; vary it in space, and mutate "
-            f"some of {', '.join(able)}"
+            f"{config.method.name}: state, data or plan depend on it, or the method does not say "
+            f"that it may; vary it in space, and mutate some of {', '.join(able)}"
         )
     if key not in member.settings:
         raise ConfigError(

@@ -22,6 +22,9 @@ import pyarrow.parquet as pq
 from selffl_ray.driver import RoundRecord
 from selffl_ray.evaluation import ClientScores
 
+TABLES = ("rounds", "clients", "uncertainty")
+"""Names of a run's tables, each a Parquet file."""
+
 FLUSH_SECONDS = 10.0
 """Longest time that finished rounds are kept in memory only."""
 
@@ -73,7 +76,7 @@ class RunTables:
     def restore(self, last_round: int) -> None:
         """Take over the rows of an earlier part of the run, up to a round."""
         kept = {}
-        for name in ("rounds", "clients", "uncertainty"):
+        for name in TABLES:
             path = self.folder / f"{name}.parquet"
             if path.exists():
                 table = pq.read_table(path)

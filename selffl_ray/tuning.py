@@ -393,6 +393,7 @@ def bundles_of(plan: PlacementPlan) -> list[dict[str, float]]:
 def _scheduler(config: SchedulerConfig, num_rounds: int) -> Any:
     if config.name == "none":
         return FIFOScheduler()  # type: ignore[no-untyped-call]
+    assert config.name == "asha", "legs of a population run without a scheduler"
     return ASHAScheduler(
         time_attr="round",
         max_t=num_rounds,

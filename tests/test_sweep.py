@@ -115,10 +115,13 @@ def test_the_first_stage_seals_test_data_and_new_clients(tmp_path):
         assert len(evaluation.new_index) == new
 
 
-def test_a_budget_of_gradients_reaches_every_trial(tmp_path):
-    sweep = sweep_of({"method.kappa": [0.5]}, budget={"gradient_steps": 100})
+@pytest.mark.parametrize("cost", ["gradient_steps", "bytes"])
+def test_a_budget_of_cost_reaches_every_trial(cost, tmp_path):
+    sweep = sweep_of({"method.kappa": [0.5]}, budget={cost: 100})
     (only,) = trials(sweep, configurations(sweep, tmp_path), [0], tmp_path, open_test=False)
-    assert only.config.training.stop.gradient_steps == 100
+    stop = only.config.training.stop
+    given = {name: getattr(stop, name) for name in ("gradient_steps", "bytes")}
+    assert given == {"gradient_steps": None, "bytes": None, cost: 100}
 
 
 def test_the_reference_is_named_by_its_settings_or_the_first(tmp_path):

@@ -11,7 +11,8 @@ Each local step takes one batch for both models, with e the training rate of the
 
 The client sends w and keeps v and s. The server takes the plain mean (``aggregation``). The client
 predicts with s v + (1 - s) x, where x is the newest global model: w is one client's passing
-iterate, the source's own theory mixes with the shared model. A client that never took part trains
+iterate, the source's own theory mixes with the shared model. ``personal_model: local`` takes the
+client's last w for x. A client that never took part trains
 its v and s for one round first.
 
 Deviations: w moves before m is formed, as in the authors' program, where the algorithm of the
@@ -28,13 +29,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from selffl_ray.algorithms.averaging import WeighedConfig, mean_of_models, require_plain_sgd
-from selffl_ray.algorithms.base import Algorithm, Empty, Federation, Local, Personal
+from selffl_ray.algorithms.base import Algorithm, Empty, Federation, Local, Personal, at_no_cost
 from selffl_ray.algorithms.fedavg import Global, Upload, fedavg
 from selffl_ray.errors import ConfigError
 from selffl_ray.flat import FlatParams
@@ -52,6 +53,9 @@ class APFLConfig(WeighedConfig):
     """Each client adapts its share, once a round."""
     share_rate: float = 1.0
     """Rate of the share over the training rate of the round, > 0; usual values 0.1 to 10."""
+    personal_model: Literal["global", "local"] = "global"
+    """What the own model is mixed with to predict: the newest global model, or the client's own w
+    after its last local update."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.own_share <= 1:
@@ -70,6 +74,14 @@ class Mixture(NamedTuple):
     share_C1: Tensor
 
 
+class MixtureAndLocal(NamedTuple):
+    """State: the same, and the client's w after its last local update (C, P)."""
+
+    params_CP: Tensor
+    share_C1: Tensor
+    local_CP: Tensor
+
+
 def idle(config: APFLConfig, training: TrainingConfig) -> Mapping[str, str]:
     """Options that change nothing beside the others, and why."""
     return {} if config.adaptive else {"share_rate": "adaptive is off"}
@@ -79,12 +91,17 @@ def idle(config: APFLConfig, training: TrainingConfig) -> Mapping[str, str]:
 def apfl(config: APFLConfig, federation: Federation) -> Algorithm:
     """A mixture of an own and the global model, in a share that adapts."""
     require_plain_sgd("apfl", federation.training)
+    keeps_local = config.personal_model == "local"
 
-    def init_client(params_P: FlatParams, num_clients: int) -> Mixture:
+    def kept(own: Mixture, local_CP: Tensor) -> Mixture | MixtureAndLocal:
+        return MixtureAndLocal(*own, local_CP.clone()) if keeps_local else own
+
+    def init_client(params_P: FlatParams, num_clients: int) -> Mixture | MixtureAndLocal:
+        rows_CP = params_P.expand(num_clients, -1)
         share_C1 = params_P.new_full((num_clients, 1), config.own_share)
-        return Mixture(params_P.expand(num_clients, -1), share_C1)
+        return kept(Mixture(rows_CP, share_C1), rows_CP)
 
-    def local_update(shared: Global, per_client: Empty, state: Mixture, stack: Stack) -> Local:
+    def local_update(shared: Global, per_client: Empty, state: Any, stack: Stack) -> Local:
         rate = stack.learning_rate
 
         def train_own(own: Mixture, w_CP: Tensor, step: Step) -> Mixture:
@@ -95,13 +112,14 @@ def apfl(config: APFLConfig, federation: Federation) -> Algorithm:
             moved_CP = own.params_CP - grad_CP.mul_(rate * own.share_C1)
             return Mixture(moved_CP, share_C1)
 
-        trained = local_sgd(stack, start=shared.params_P, observe=train_own, seen=state)
-        upload = Upload(trained.params_CP)
-        return Local(trained.seen, upload, Empty(), trained.loss_C, 2 * trained.num_steps_C)
+        before = Mixture(state.params_CP, state.share_C1)
+        trained = local_sgd(stack, start=shared.params_P, observe=train_own, seen=before)
+        own, upload = kept(trained.seen, trained.params_CP), Upload(trained.params_CP)
+        return Local(own, upload, Empty(), trained.loss_C, 2 * trained.num_steps_C)
 
-    def personalize(shared: Global, per_client: Empty, state: Mixture, stack: Stack) -> Personal:
-        mixed_CP = _mix(state, shared.params_P)
-        return Personal(mixed_CP, torch.zeros(stack.num_clients, dtype=torch.int64))
+    def personalize(shared: Global, per_client: Empty, state: Any, stack: Stack) -> Personal:
+        mixed_CP = _mix(state, state.local_CP if keeps_local else shared.params_P)
+        return at_no_cost(mixed_CP)
 
     return replace(
         fedavg(config, federation),
@@ -113,7 +131,7 @@ def apfl(config: APFLConfig, federation: Federation) -> Algorithm:
     )
 
 
-def _mix(own: Mixture, other: Tensor) -> Tensor:
+def _mix(own: Mixture | MixtureAndLocal, other: Tensor) -> Tensor:
     """Share * own model + (1 - share) * the other, (C, P) or (P,): (C, P)."""
     # One pass over the parameters, and exact at both ends of the share.
     return torch.lerp(other.expand_as(own.params_CP), own.params_CP, own.share_C1)
@@ -122,5 +140,9 @@ def _mix(own: Mixture, other: Tensor) -> Tensor:
 def _cautions(config: APFLConfig) -> tuple[str, ...]:
     if config.adaptive or 0 < config.own_share < 1:
         return ()
-    same = "FedAvg" if config.own_share == 0 else "local training"
+    same = "local training"
+    if config.own_share == 0:
+        same = (
+            "FedAvg" if config.personal_model == "global" else "FedAvg's clients after their steps"
+        )
     return (f"a fixed own_share of {config.own_share} makes the personal models those of {same}",)

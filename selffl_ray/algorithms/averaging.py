@@ -24,8 +24,12 @@ def mean_of_models(config: WeighedConfig) -> Mean:
     return Mean(uploaded, "uniform" if config.aggregation == "uniform" else "num_examples")
 
 
-def require_plain_sgd(method: str, training: TrainingConfig) -> None:
-    """Refuse what would act on some of a method's coupled steps and not on the others.
+COUPLED = "its two coupled sequences of steps are plain SGD"
+"""Why momentum and the like have no meaning in methods with an own model beside w."""
+
+
+def require_plain_sgd(method: str, training: TrainingConfig, why: str = COUPLED) -> None:
+    """Refuse training options under which a method's rule does not hold.
 
     Raises:
         ConfigError: momentum, weight decay or clipping is set.
@@ -35,6 +39,5 @@ def require_plain_sgd(method: str, training: TrainingConfig) -> None:
         if getattr(training, name) != off:
             raise ConfigError(
                 f"training.{name} must be {'null' if off is None else 0} with method {method}, got "
-                f"{getattr(training, name)}: its two coupled sequences of steps are plain SGD; "
-                "remove it or take another method"
+                f"{getattr(training, name)}: {why}; remove it or take another method"
             )

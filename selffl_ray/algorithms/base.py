@@ -195,6 +195,11 @@ class NotAvailable:
 NOTHING = Record({})
 
 
+def at_no_cost(params_CP: Tensor) -> Personal:
+    """Personalized models that are there already."""
+    return Personal(params_CP, torch.zeros(len(params_CP), dtype=torch.int64))
+
+
 def stateless(params_P: FlatParams, num_clients: int) -> Empty:
     """Clients remember nothing."""
     return Empty()
@@ -202,8 +207,7 @@ def stateless(params_P: FlatParams, num_clients: int) -> Empty:
 
 def use_global_params(shared: Any, per_client: Any, state: Any, stack: Stack) -> Personal:
     """The client predicts with the global model: the first field of what is shared."""
-    rows = shared[0].expand(stack.num_clients, -1)
-    return Personal(rows, torch.zeros(stack.num_clients, dtype=torch.int64))
+    return at_no_cost(shared[0].expand(stack.num_clients, -1))
 
 
 def the_params(server: Any) -> FlatParams:

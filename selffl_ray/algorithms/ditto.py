@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selffl_ray.algorithms.base import Algorithm, Empty, Federation, Local, Personal
+from selffl_ray.algorithms.base import Algorithm, Empty, Federation, Local, Personal, at_no_cost
 from selffl_ray.algorithms.fedavg import AveragingConfig, Global, fedavg
 from selffl_ray.algorithms.fedprox import check_pull, pull_cautions
 from selffl_ray.algorithms.local import Own
@@ -78,7 +78,7 @@ class OwnAndTail(NamedTuple):
     tail_CP: Tensor
 
 
-@register_algorithm("ditto", DittoConfig)
+@register_algorithm("ditto", DittoConfig, changeable=("pull", "personal_rate"))
 def ditto(config: DittoConfig, federation: Federation) -> Algorithm:
     """FedAvg, and beside it an own model of each client that is pulled to the global one."""
     plain = fedavg(config, federation)
@@ -99,7 +99,7 @@ def ditto(config: DittoConfig, federation: Federation) -> Algorithm:
 
     def personalize(shared: Global, per_client: Any, state: Any, stack: Stack) -> Personal:
         params_CP = state.tail_CP if config.tail_average else state.params_CP
-        return Personal(params_CP, torch.zeros(stack.num_clients, dtype=torch.int64))
+        return at_no_cost(params_CP)
 
     rate = config.personal_rate * federation.training.learning_rate
     void = "pull is 0: the clients' own models are those of local training"

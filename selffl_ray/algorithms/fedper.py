@@ -8,8 +8,8 @@ client's own head.
 Deviations: the paper starts every client's head at its own random values; here all start from one
 model, as the other methods do. For the global model, new clients and bytes see ``partial.py``.
 
-Options: ``head_layers`` (1; up to the last few layers), ``fine_tune``, ``server``. All layers as
-head is local training, none is FedAvg; both are said as a caution.
+Options: ``head_layers`` (1; up to the last few layers), ``fine_tune``, ``personal_model``,
+``server``. All layers as head is local training, none is FedAvg; both are said as a caution.
 
 Cost: a gradient a step. Traffic: the body, both ways. State: the head. Metrics: the common ones.
 """

@@ -23,12 +23,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from selffl_ray.algorithms.base import Algorithm, Empty, Federation, Local, Personal
+from selffl_ray.algorithms.base import Algorithm, Empty, Federation, Local
 from selffl_ray.algorithms.fedavg import AveragingConfig, Global, Upload, fedavg
-from selffl_ray.algorithms.local import Own
+from selffl_ray.algorithms.local import Own, own_start, predict_with_own
 from selffl_ray.errors import ConfigError
 from selffl_ray.registry import register_algorithm
 from selffl_ray.training import Stack, local_sgd
@@ -47,7 +46,7 @@ class FedProxConfig(AveragingConfig):
         check_pull("mu", self.mu)
 
 
-@register_algorithm("fedprox", FedProxConfig)
+@register_algorithm("fedprox", FedProxConfig, changeable=("mu",))
 def fedprox(config: FedProxConfig, federation: Federation) -> Algorithm:
     """FedAvg with a pull towards the global model in every local step."""
     keeps_own = config.personal_model == "local"
@@ -61,9 +60,6 @@ def fedprox(config: FedProxConfig, federation: Federation) -> Algorithm:
         upload = Upload(trained.params_CP)
         return Local(own, upload, Empty(), trained.loss_C, trained.num_steps_C)
 
-    def predict_with_own(shared: Global, per_client: Any, state: Own, stack: Stack) -> Personal:
-        return Personal(state.params_CP, torch.zeros(stack.num_clients, dtype=torch.int64))
-
     cautions = pull_cautions("mu", config.mu, federation.training.learning_rate)
     if config.mu == 0:
         cautions = ("mu is 0: nothing pulls, the rounds are FedAvg's",)
@@ -72,11 +68,7 @@ def fedprox(config: FedProxConfig, federation: Federation) -> Algorithm:
     plain = replace(fedavg(config, federation), local_update=local_update, cautions=cautions)
     if not keeps_own:
         return plain
-    return replace(
-        plain,
-        init_client=lambda params_P, count: Own(params_P.expand(count, -1)),
-        personalize=predict_with_own,
-    )
+    return replace(plain, init_client=own_start, personalize=predict_with_own)
 
 
 def check_pull(name: str, value: float) -> None:

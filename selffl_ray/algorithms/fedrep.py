@@ -13,7 +13,8 @@ end: ``fine_tune`` does so, for this method and the others. For the global model
 bytes see ``partial.py``.
 
 Options: ``head_layers`` (1), ``head_steps``, ``body_steps``, ``aggregation`` (``uniform`` as in the
-paper, ``sample_size`` as FedAvg), ``fine_tune``, ``server``. All layers as head is local training;
+paper, ``sample_size`` as FedAvg), ``fine_tune``, ``personal_model`` (``local``: the client's own
+copy of the body instead of the newest), ``server``. All layers as head is local training;
 none, with ``sample_size``, is FedAvg.
 
 Cost: a gradient a step of either phase. Traffic: the body, both ways. State: the head. Metrics: the

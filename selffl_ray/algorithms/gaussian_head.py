@@ -71,13 +71,14 @@ class Draws:
             eps[:, row] = self._rngs[row].standard_normal((pairs, self._size))
         half = torch.from_numpy(eps).to(theta_CP)
         grad_CP, slope_CH, losses = torch.zeros_like(theta_CP), torch.zeros_like(std_CH), []
-        batch = step.batch()
+        drawn_CP, batch = theta_CP.clone(), step.batch()
+        mean_CH = theta_CP[:, self._head_P]
         for eps_CH in torch.cat([half, -half])[: self._count]:
-            drawn_CP = theta_CP.clone()
-            drawn_CP[:, self._head_P] += std_CH * eps_CH
-            one_CP = step.grad(drawn_CP, batch)
-            grad_CP += one_CP / self._count
-            slope_CH += eps_CH * one_CP[:, self._head_P] / self._count
+            drawn_CP[:, self._head_P] = mean_CH + std_CH * eps_CH
+            one_AP = step.active_grad(drawn_CP, batch)
+            grad_CP[step.pick] = grad_CP[step.pick].add_(one_AP, alpha=1 / self._count)
+            one_AH, eps_AH = one_AP[:, self._head_P], eps_CH[step.pick]
+            slope_CH[step.pick] += eps_AH * one_AH / self._count
             losses.append(step.loss_A)
         step.loss_A = torch.stack(losses).mean(0)
         return grad_CP, slope_CH

@@ -37,9 +37,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selffl_ray.algorithms.base import Algorithm, Empty, Federation, Local, Mean, Personal
+from selffl_ray.algorithms.base import (
+    Algorithm,
+    Empty,
+    Federation,
+    Local,
+    Mean,
+    Personal,
+    at_no_cost,
+)
 from selffl_ray.algorithms.fedavg import AveragingConfig, Global, Upload, fedavg, uploaded
-from selffl_ray.algorithms.local import Own
+from selffl_ray.algorithms.local import Own, own_start
 from selffl_ray.errors import ConfigError
 from selffl_ray.registry import register_algorithm
 from selffl_ray.seeding import generator
@@ -88,13 +96,13 @@ def l2gd(config: L2GDConfig, federation: Federation) -> Algorithm:
 
     def personalize(shared: Global, per_client: Empty, state: Own, stack: Stack) -> Personal:
         after_CP = pulled(state, shared, stack, 1)
-        return Personal(after_CP, torch.zeros(stack.num_clients, dtype=torch.int64))
+        return at_no_cost(after_CP)
 
     return replace(
         fedavg(AveragingConfig(), federation),
         local_update=local_update,
         reductions=(Mean(uploaded, "uniform"),),
-        init_client=lambda params_P, count: Own(params_P.expand(count, -1)),
+        init_client=own_start,
         personalize=personalize,
         adapt=lambda shared, per_client, state, stack: Own(
             local_sgd(stack, start=shared.params_P).params_CP

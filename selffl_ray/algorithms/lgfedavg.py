@@ -10,7 +10,8 @@ round by test accuracy. Here training begins at the common start (``training.sta
 trained one, whose rounds then cost what they cost), and nothing is picked on test data.
 
 Options: ``shared_layers`` (1; the paper's 1 or 2), ``fine_tune`` (of the own early layers),
-``server``. All layers shared is FedAvg, none is local training; both are said as a caution.
+``personal_model``, ``server``. All layers shared is FedAvg, none is local training; both are said
+as a caution.
 
 Cost: a gradient a step. Traffic: the late layers, both ways: usually the least of all methods.
 State: the early layers. Metrics: the common ones.

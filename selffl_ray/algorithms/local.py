@@ -9,7 +9,7 @@ Options: none. Metrics: the common ones; bytes are 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from selffl_ray.algorithms.base import (
     Total,
     Traffic,
     Weights,
+    at_no_cost,
 )
 from selffl_ray.algorithms.fedavg import share_params
 from selffl_ray.flat import FlatParams
@@ -75,16 +76,23 @@ def local(config: LocalConfig, federation: Federation) -> Algorithm:
     def aggregate(server: Server, sums: Sums, reports: Reports) -> tuple[Server, Record]:
         return Server(sums[0].to(server.mean_P.dtype), server.seen_M), NOTHING
 
-    def personalize(shared: object, per_client: Empty, state: Own, stack: Stack) -> Personal:
-        return Personal(state.params_CP, torch.zeros(stack.num_clients, dtype=torch.int64))
-
     return Algorithm(
         init=init,
         broadcast=share_params,
         local_update=local_update,
         reductions=(Total(lambda state: state.params_CP, weigh, of="state"),),
         aggregate=aggregate,
-        init_client=lambda params_P, count: Own(params_P.expand(count, -1)),
-        personalize=personalize,
+        init_client=own_start,
+        personalize=predict_with_own,
         traffic=lambda plan: Traffic(0, 0),
     )
+
+
+def own_start(params_P: FlatParams, num_clients: int) -> Own:
+    """Every client's own model starts at the common start."""
+    return Own(params_P.expand(num_clients, -1))
+
+
+def predict_with_own(shared: Any, per_client: Any, state: Own, stack: Stack) -> Personal:
+    """The client predicts with its own model as it is."""
+    return at_no_cost(state.params_CP)

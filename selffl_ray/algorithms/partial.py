@@ -15,9 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from selffl_ray.algorithms.base import (
@@ -30,6 +29,7 @@ from selffl_ray.algorithms.base import (
     Reports,
     Sums,
     Traffic,
+    at_no_cost,
 )
 from selffl_ray.algorithms.fedavg import (
     AveragingConfig,
@@ -52,12 +52,22 @@ class PartialConfig(AveragingConfig):
 
     fine_tune: FineTuneConfig | None = None
     """Further steps on the own part before a client predicts; null is none."""
+    personal_model: Literal["global", "local"] = "global"
+    """What a client's own part predicts with: the newest shared part, or the client's own copy of
+    it after its last local update."""
 
 
 class OwnPart(NamedTuple):
     """State: the coordinates that a client keeps to itself (C, H)."""
 
     params_CH: Tensor
+
+
+class OwnPartAndModel(NamedTuple):
+    """State: the same, and the whole model after the client's last local update (C, P)."""
+
+    params_CH: Tensor
+    local_CP: Tensor
 
 
 def last_layers(spec: ParamSpec, count: int, option: str) -> Tensor:
@@ -95,25 +105,30 @@ def partly_shared(
     """
     num_shared = int((~own_P).sum())
     own_P = own_P.clone()
+    keeps_model = config.personal_model == "local"
 
-    def whole(shared: Global, state: OwnPart) -> Tensor:
+    def whole(shared: Global, state: Any) -> Tensor:
         return join(own_P, state.params_CH, shared.params_P)
 
-    def local_update(shared: Global, per_client: Empty, state: OwnPart, stack: Stack) -> Local:
+    def kept(params_CP: Tensor) -> OwnPart | OwnPartAndModel:
+        own_CH = params_CP[:, own_P]
+        return OwnPartAndModel(own_CH, params_CP.clone()) if keeps_model else OwnPart(own_CH)
+
+    def local_update(shared: Global, per_client: Empty, state: Any, stack: Stack) -> Local:
         trained = train(stack, whole(shared, state))
-        own = OwnPart(trained.params_CP[:, own_P])
         upload = Upload(trained.params_CP)
+        own = kept(trained.params_CP)
         return Local(own, upload, Empty(), trained.loss_C, trained.num_steps_C)
 
-    def adapt(shared: Global, per_client: Empty, state: OwnPart, stack: Stack) -> OwnPart:
+    def adapt(shared: Global, per_client: Empty, state: Any, stack: Stack) -> Any:
         start_CP = whole(shared, state)
         trained = local_sgd(stack, start=start_CP, trainable=own_P.to(start_CP.device))
-        return OwnPart(trained.params_CP[:, own_P])
+        return kept(trained.params_CP)
 
-    def personalize(shared: Global, per_client: Any, state: OwnPart, stack: Stack) -> Personal:
-        start_CP = whole(shared, state)
+    def personalize(shared: Global, per_client: Any, state: Any, stack: Stack) -> Personal:
+        start_CP = state.local_CP if keeps_model else whole(shared, state)
         if config.fine_tune is None:
-            return Personal(start_CP, torch.zeros(stack.num_clients, dtype=torch.int64))
+            return at_no_cost(start_CP)
         mask_P = own_P.to(start_CP.device)
         return fine_tune(config.fine_tune, stack, start_CP, trainable=mask_P)
 
@@ -121,7 +136,7 @@ def partly_shared(
         fedavg(config, federation),
         local_update=local_update,
         aggregate=_aggregate(config, own_P),
-        init_client=lambda params_P, count: OwnPart(params_P[own_P].expand(count, -1)),
+        init_client=lambda params_P, count: kept(params_P.expand(count, -1)),
         personalize=personalize,
         adapt=adapt,
         traffic=lambda plan: Traffic(num_shared, num_shared),

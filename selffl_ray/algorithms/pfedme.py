@@ -10,9 +10,9 @@ A client starts at w <- x. For each of the training's local steps it draws one b
 It sends w. The server takes x <- (1 - server_rate) x + server_rate mean(w). The client predicts
 with its last theta, which it keeps; a client that never took part runs one such round first.
 
-The source gives a as a number. Here a is ``inner_rate`` times the training rate of the round. Its
+The source gives a as a number. Here a is ``inner_factor`` times the training rate of the round. Its
 default, 1 / (1 + training rate * pull), keeps the inner steps stable wherever plain SGD at the
-training rate is: a (L + pull) < 2 follows from rate * L < 2. With ``inner_rate: 1`` the training
+training rate is: a (L + pull) < 2 follows from rate * L < 2. With ``inner_factor: 1`` the training
 rate is the source's own a. The outer rate is absolute, and the training schedule does not touch it.
 Where a round's first solve starts is left open by the source: here at the global model, or with
 ``warm_start: own`` at the theta that the client kept. The source's mean is uniform
@@ -32,13 +32,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from selffl_ray.algorithms.averaging import WeighedConfig, mean_of_models, require_plain_sgd
-from selffl_ray.algorithms.base import Algorithm, Empty, Federation, Local, Personal
+from selffl_ray.algorithms.base import Algorithm, Empty, Federation, Local
 from selffl_ray.algorithms.fedavg import Global, Upload, fedavg
-from selffl_ray.algorithms.local import Own
+from selffl_ray.algorithms.local import Own, own_start, predict_with_own
 from selffl_ray.algorithms.server.fedavgm import FedAvgMConfig
 from selffl_ray.errors import ConfigError
 from selffl_ray.registry import Component, register_algorithm
@@ -53,7 +52,7 @@ class PFedMeConfig(WeighedConfig):
     """Weight of pull / 2 |theta - w|^2 (lambda), > 0; usual values 10 to 30."""
     inner_steps: int = 5
     """Gradient steps of a solve, >= 1; usual values 3 to 5."""
-    inner_rate: float | None = None
+    inner_factor: float | None = None
     """Rate of these steps over the training rate of the round, > 0; 1 / (1 + training rate * pull)
     if not given."""
     outer_rate: float = 0.05
@@ -70,8 +69,8 @@ class PFedMeConfig(WeighedConfig):
                 raise ConfigError(f"method.{name} must be > 0, got {getattr(self, name)}")
         if self.inner_steps < 1:
             raise ConfigError(f"method.inner_steps must be >= 1, got {self.inner_steps}")
-        if self.inner_rate is not None and not 0 < self.inner_rate < math.inf:
-            raise ConfigError(f"method.inner_rate must be > 0, got {self.inner_rate}")
+        if self.inner_factor is not None and not 0 < self.inner_factor < math.inf:
+            raise ConfigError(f"method.inner_factor must be > 0, got {self.inner_factor}")
         if self.outer_rate * self.pull >= 1:
             raise ConfigError(
                 f"method.outer_rate * pull must be < 1, got {self.outer_rate} * {self.pull}; "
@@ -87,7 +86,7 @@ class PFedMeConfig(WeighedConfig):
 
     def alpha(self, rate: float) -> float:
         """Rate of the inner steps at a training rate."""
-        factor = self.inner_rate if self.inner_rate is not None else 1 / (1 + rate * self.pull)
+        factor = self.inner_factor if self.inner_factor is not None else 1 / (1 + rate * self.pull)
         return factor * rate
 
 
@@ -98,9 +97,9 @@ def pfedme(config: PFedMeConfig, federation: Federation) -> Algorithm:
     alpha = config.alpha(federation.training.learning_rate)
     if alpha * config.pull >= 2:
         raise ConfigError(
-            f"method.inner_rate * training.learning_rate * method.pull must be < 2, got "
-            f"{config.inner_rate} * {federation.training.learning_rate} * {config.pull}; lower "
-            "one, or leave inner_rate out"
+            f"method.inner_factor * training.learning_rate * method.pull must be < 2, got "
+            f"{config.inner_factor} * {federation.training.learning_rate} * {config.pull}; lower "
+            "one, or leave inner_factor out"
         )
     if config.server_rate != 1:
         momentum = FedAvgMConfig(learning_rate=config.server_rate, momentum=0.0)
@@ -118,15 +117,12 @@ def pfedme(config: PFedMeConfig, federation: Federation) -> Algorithm:
         own, gradients_C = Own(trained.carry), config.inner_steps * trained.num_steps_C
         return Local(own, Upload(trained.params_CP), Empty(), trained.loss_C, gradients_C)
 
-    def personalize(shared: Global, per_client: Empty, state: Own, stack: Stack) -> Personal:
-        return Personal(state.params_CP, torch.zeros(stack.num_clients, dtype=torch.int64))
-
     return replace(
         fedavg(config, federation),
         local_update=local_update,
         reductions=(mean_of_models(config),),
-        init_client=lambda params_P, count: Own(params_P.expand(count, -1)),
-        personalize=personalize,
+        init_client=own_start,
+        personalize=predict_with_own,
     )
 
 
@@ -138,5 +134,7 @@ def _solve(
     for _ in range(config.inner_steps):
         grad_AP = step.active_grad(theta_CP, batch)
         theta_AP = theta_CP[step.pick]
-        theta_CP[step.pick] = theta_AP - alpha * (grad_AP + config.pull * (theta_AP - w_AP))
-    return theta_CP, config.pull * (w_CP - theta_CP)
+        # In place: whole models are read and written here, and that costs as much as a gradient.
+        grad_AP.add_(theta_AP, alpha=config.pull).sub_(w_AP, alpha=config.pull)
+        theta_CP[step.pick] = theta_AP.sub_(grad_AP, alpha=alpha)
+    return theta_CP, (w_CP - theta_CP).mul_(config.pull)

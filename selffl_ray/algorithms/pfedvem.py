@@ -53,6 +53,7 @@ from selffl_ray.algorithms.base import (
     Total,
     Traffic,
     Weights,
+    at_no_cost,
 )
 from selffl_ray.algorithms.fedavg import Global, Server, Upload, average_with, fedavg, uploaded
 from selffl_ray.algorithms.gaussian_head import Draws, Prior, trainer
@@ -130,8 +131,7 @@ def pfedvem(config: PFedVEMConfig, federation: Federation) -> Algorithm:
         return train(shared, state, stack, [Phase(mask_P, stack.num_steps_C, "train", True)]).state
 
     def personalize(shared: Global, per_client: Any, state: Posterior, stack: Stack) -> Personal:
-        free_C = torch.zeros(stack.num_clients, dtype=torch.int64)
-        return Personal(join(head_P, state.mean_CH, shared.params_P), free_C)
+        return at_no_cost(join(head_P, state.mean_CH, shared.params_P))
 
     return replace(
         fedavg(config, federation),

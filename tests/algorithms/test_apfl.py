@@ -14,7 +14,13 @@ from tests.algorithms import quadratics
 from tests.algorithms.quadratics import RATE, SIZES, STEPS
 from tests.contract import harness
 
-BASE = {"own_share": 0.5, "adaptive": "true", "share_rate": 1.0, "aggregation": "uniform"}
+BASE = {
+    "own_share": 0.5,
+    "adaptive": "true",
+    "share_rate": 1.0,
+    "aggregation": "uniform",
+    "personal_model": "global",
+}
 
 
 def method(options):
@@ -38,6 +44,7 @@ def by_hand(finished, options):
     """The global model, the clients' shares and what they predict with."""
     y_MP, x_P = quadratics.optima(finished), np.zeros(3)
     v_MP, share_M, seen = np.zeros((2, 3)), np.full(2, options["own_share"]), set()
+    w_MP = np.zeros((2, 3))
     for record in finished.records:
         cohort = record.plan.cohort.tolist()
         ends_MP = np.zeros((2, 3))
@@ -47,11 +54,13 @@ def by_hand(finished, options):
             )
         weights = np.ones(2) if options["aggregation"] == "uniform" else SIZES
         x_P = np.average(ends_MP[cohort], axis=0, weights=weights[cohort])
+        w_MP[cohort] = ends_MP[cohort]
         seen |= set(cohort)
     for m in {0, 1} - seen:
-        _, v_MP[m], share_M[m] = local_round(options, x_P, v_MP[m], share_M[m], y_MP[m])
+        w_MP[m], v_MP[m], share_M[m] = local_round(options, x_P, v_MP[m], share_M[m], y_MP[m])
     share_M1 = share_M[:, None]
-    return x_P, share_M, share_M1 * v_MP + (1 - share_M1) * x_P
+    other = x_P if options["personal_model"] == "global" else w_MP
+    return x_P, share_M, share_M1 * v_MP + (1 - share_M1) * other
 
 
 def check(options, rounds=3, participation=1.0):
@@ -67,8 +76,10 @@ def check(options, rounds=3, participation=1.0):
 
 @pytest.mark.parametrize("participation", [1.0, 0.5])
 @pytest.mark.parametrize("adaptive", ["true", "false"])
-def test_rounds_are_those_worked_out_by_hand(adaptive, participation):
-    check({**BASE, "own_share": 0.7, "adaptive": adaptive}, 4, participation)
+@pytest.mark.parametrize("personal_model", ["global", "local"])
+def test_rounds_are_those_worked_out_by_hand(personal_model, adaptive, participation):
+    other = {"own_share": 0.7, "adaptive": adaptive, "personal_model": personal_model}
+    check({**BASE, **other}, 4, participation)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +89,7 @@ def test_rounds_are_those_worked_out_by_hand(adaptive, participation):
         {"adaptive": "false"},
         {"share_rate": 0.1},
         {"aggregation": "sample_size"},
+        {"personal_model": "local"},
     ],
     ids=str,
 )

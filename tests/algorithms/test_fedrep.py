@@ -61,6 +61,24 @@ def test_given_steps_are_taken_and_a_missing_number_is_the_rest(options, steps):
     check(f"{{name: fedrep, {options}}}", steps)
 
 
+def test_a_client_may_predict_with_its_own_copy_of_the_body():
+    """The last of its own local updates, before any averaging."""
+    method = "{name: fedrep, personal_model: local}"
+    before, after = (quadratics.run(method, rounds, TWO_PARTS) for rounds in (3, 4))
+    (*_, at), heads = quadratics.partly_by_hand(before, HEAD, phases_of(2, 1), by_size=False)
+    found = quadratics.personal_params(after)
+    for m, y in enumerate(quadratics.optima(after)):
+        start = np.where(HEAD, heads[m], at)
+        gradient = lambda t, y=y: quadratics.mixed_gradient(t, y)  # noqa: E731
+        np.testing.assert_allclose(found[m], phases_of(2, 1)(start, gradient), atol=1e-8)
+    shared = quadratics.personal_params(quadratics.run("fedrep", 4, TWO_PARTS))
+    assert quadratics.change(found, shared) > 0.1
+    new = quadratics.personal_params(quadratics.as_new_clients(after))
+    np.testing.assert_array_equal(
+        new[:, BODY], np.tile(quadratics.global_params(after)[BODY], (2, 1))
+    )
+
+
 def test_bodies_may_count_by_their_examples():
     check("{name: fedrep, aggregation: sample_size}", (2, 1), by_size=True)
     runs = [

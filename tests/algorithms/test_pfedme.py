@@ -14,7 +14,7 @@ from tests.contract import harness
 BASE = {
     "pull": 2.0,
     "inner_steps": 2,
-    "inner_rate": 0.5,
+    "inner_factor": 0.5,
     "outer_rate": 0.3,
     "server_rate": 1.0,
     "warm_start": "global",
@@ -23,8 +23,8 @@ BASE = {
 OTHERS = (
     {"pull": 0.5},
     {"inner_steps": 4},
-    {"inner_rate": 1.0},
-    {"inner_rate": None},
+    {"inner_factor": 1.0},
+    {"inner_factor": None},
     {"outer_rate": 0.1},
     {"server_rate": 1.5},
     {"warm_start": "own"},
@@ -41,7 +41,7 @@ def local_round(options, start, theta, y):
     """One client's round: (w, theta)."""
     pull, alpha = (
         options["pull"],
-        (options["inner_rate"] or 1 / (1 + RATE * options["pull"])) * RATE,
+        (options["inner_factor"] or 1 / (1 + RATE * options["pull"])) * RATE,
     )
     w = start
     for _ in range(STEPS):
@@ -97,7 +97,7 @@ def test_every_option_acts_as_worked_out(other):
 @pytest.mark.parametrize("participation", [1.0, 0.5])
 def test_many_inner_steps_make_the_step_on_the_moreau_envelope(participation):
     """W+ = w - eta lambda (w - prox(w)), and a client predicts with a proximal point."""
-    options = {**BASE, "inner_rate": 1.6, "inner_steps": 9}
+    options = {**BASE, "inner_factor": 1.6, "inner_steps": 9}
     finished = quadratics.run(method(options), 3, participation=participation)
     pull, eta, y_MP = options["pull"], options["outer_rate"], quadratics.optima(finished)
     x_P, own_MP = np.zeros(3), np.full((2, 3), np.nan)
@@ -117,7 +117,7 @@ def test_many_inner_steps_make_the_step_on_the_moreau_envelope(participation):
 
 def test_the_fixed_point_is_the_minimum_of_the_mean_envelope():
     """Both envelopes have one curvature, so it lies at the plain mean of the optima."""
-    finished = quadratics.run(method({**BASE, "inner_rate": 1.6, "inner_steps": 8}), 30)
+    finished = quadratics.run(method({**BASE, "inner_factor": 1.6, "inner_steps": 8}), 30)
     y_MP = quadratics.optima(finished)
     np.testing.assert_allclose(quadratics.global_params(finished), y_MP.mean(axis=0), atol=1e-6)
 
@@ -137,7 +137,7 @@ def test_a_step_costs_its_inner_steps_and_the_state_is_no_upload():
     assert quadratics.change(quadratics.states(finished).params_CP[0], uploads) > 0.1
 
 
-def test_the_default_inner_rate_is_stable_at_any_pull():
+def test_the_default_inner_factor_is_stable_at_any_pull():
     for pull in (0.1, 15.0, 1000.0):
         options = {"pull": pull, "outer_rate": 0.5 / pull, "inner_steps": 30}
         finished = quadratics.run(method(options), 3, ["training.learning_rate=1.9"])
@@ -146,7 +146,7 @@ def test_the_default_inner_rate_is_stable_at_any_pull():
 
 
 def test_the_variant_of_ten_outer_and_five_inner_steps_can_be_written():
-    options = "pull: 2.0, inner_steps: 5, inner_rate: 1.0, outer_rate: 0.1, warm_start: own"
+    options = "pull: 2.0, inner_steps: 5, inner_factor: 1.0, outer_rate: 0.1, warm_start: own"
     settings = ("training.num_local_steps=10", "training.num_rounds=2", "evaluation.every=2")
     name = f"{{name: pfedme, {options}, aggregation: sample_size}}"
     finished = harness.finish(harness.prepared_with(name, settings))
@@ -159,7 +159,7 @@ def test_the_variant_of_ten_outer_and_five_inner_steps_can_be_written():
         ("pull: 0", "method.pull must be > 0, got 0"),
         ("outer_rate: -1", "method.outer_rate must be > 0, got -1"),
         ("inner_steps: 0", "method.inner_steps must be >= 1, got 0"),
-        ("inner_rate: 0", "method.inner_rate must be > 0, got 0"),
+        ("inner_factor: 0", "method.inner_factor must be > 0, got 0"),
         ("server_rate: 0", r"method.server_rate must lie in \(0, 2\], got 0"),
         ("pull: 10, outer_rate: 0.1", r"outer_rate \* pull must be < 1, got 0.1 \* 10.*below 0.1"),
         (
@@ -178,7 +178,7 @@ def test_a_wrong_option_is_named(options, message):
     ("options", "training", "message"),
     [
         (
-            "inner_rate: 1.0, pull: 10, outer_rate: 0.05",
+            "inner_factor: 1.0, pull: 10, outer_rate: 0.05",
             "learning_rate=0.2",
             "must be < 2, got 1.0",
         ),

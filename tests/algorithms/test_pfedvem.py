@@ -88,16 +88,32 @@ class ByHand:
 @pytest.mark.parametrize("participation", [1.0, 0.5])
 @pytest.mark.parametrize("draws", [1, 2, 5])
 def test_rounds_by_hand(draws, participation):
-    method = f"{{name: pfedvem, draws: {draws}, start_std: 0.4}}"
+    check(f"draws: {draws}", HEAD, draws=draws, steps=(2, 1), participation=participation)
+
+
+@pytest.mark.parametrize(
+    ("options", "head", "steps"),
+    [
+        ("head_steps: 1, body_steps: 3", HEAD, (1, 3)),
+        # Both layers: there is no body, and its steps go to the head.
+        ("head_layers: 2", np.full(3, True), (3, 0)),
+    ],
+)
+def test_the_parts_and_their_steps_are_as_given(options, head, steps):
+    check(f"draws: 2, {options}", head, draws=2, steps=steps)
+
+
+def check(options, head, *, draws, steps, participation=1.0):
+    method = f"{{name: pfedvem, {options}, start_std: 0.4}}"
     finished = quadratics.run(method, 6, TWO_PARTS, participation=participation)
-    hand = ByHand(finished, MIX, HEAD, BEGIN, draws=draws, start_std=0.4, steps=(2, 1))
+    hand = ByHand(finished, MIX, head, BEGIN, draws=draws, start_std=0.4, steps=steps)
     for index, expected in enumerate(hand.found):
         np.testing.assert_allclose(quadratics.global_params(finished, index), expected, atol=1e-7)
     state = quadratics.states(finished)
     np.testing.assert_allclose(state.mean_CH, hand.mean_MH, atol=1e-7)
     np.testing.assert_allclose(state.log_std_CH, hand.log_std_MH, atol=1e-7)
     personal = np.tile(hand.at, (2, 1))
-    personal[:, HEAD] = hand.mean_MH
+    personal[:, head] = hand.mean_MH
     np.testing.assert_allclose(quadratics.personal_params(finished), personal, atol=1e-7)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from selffl_ray import trees
+from selffl_ray.algorithms.fedavg import AveragingConfig
 from selffl_ray.checkpoint import Counters, load_checkpoint, save_checkpoint
 from selffl_ray.driver import run_rounds
 from selffl_ray.participation import RoundPlan
@@ -98,6 +99,32 @@ def test_an_update_changes_none_of_its_arguments(name):
     after = [leaf for part in (server, shared, per_client, state) for _, leaf in trees.leaves(part)]
     for old, new in zip(before, after, strict=True):
         assert torch.equal(torch.nan_to_num(old.double()), torch.nan_to_num(new.double()))
+
+
+AVERAGING = [
+    n for n in algorithms.names() if issubclass(algorithms.get(n).config_type, AveragingConfig)
+]
+
+
+@pytest.mark.parametrize("name", AVERAGING)
+def test_a_server_optimizer_moves_what_the_method_shares(name):
+    """Half of the way to the mean at a rate of a half; own parts in the tables go all the way."""
+    server = "server: {name: fedavgm, momentum: 0.0, learning_rate: 0.5}"
+    plain, half = (
+        harness.prepared_with(m, (*harness.DIGITS, "training.num_rounds=1"))
+        for m in (name, f"{{name: {name}, {server}}}")
+    )
+    start_P = torch.from_numpy(plain.run_spec.start_params.copy()).double()
+    ends = [harness.finish(p).records[-1].server.params_P.double() for p in (plain, half)]
+    whole_P, half_P = (end - start_P for end in ends)
+    moved_P = whole_P.abs() > 1e-3
+    share_P = (half_P / whole_P)[moved_P]
+    halfway_P = (share_P - 0.5).abs() < 1e-2
+    assert bool(halfway_P.any())
+    assert bool((halfway_P | ((share_P - 1).abs() < 1e-6)).all())
+    sent = plain.algorithm.traffic(plain.plans[0]).up
+    if sent >= len(start_P):
+        assert bool(halfway_P.all())
 
 
 @EVERY

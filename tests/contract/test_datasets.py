@@ -16,12 +16,15 @@ from tests.real_data import source_of
 
 
 def prepared(name):
+    """The set, with its usual options; skips only where its files are not found."""
     source = source_of(name)
     sets = [f"data.name={name}", *([f"data.source={source}"] if source else [])]
+    config = load_config(None, sets)
     try:
-        return prepare_experiment(load_config(None, sets))
+        datasets.make(config.data.component).find(source)
     except DataError as error:
         pytest.skip(f"{name} is not on this machine: {error}")
+    return prepare_experiment(config)
 
 
 @pytest.mark.parametrize("name", datasets.names())

@@ -280,3 +280,12 @@ def test_a_missing_folder_is_told(tmp_path):
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ConfigError, match=message):
         ImageFolderConfig(**options)
+
+
+def test_channels_say_whether_colour_is_kept(tmp_path):
+    for name in CLASSES:
+        save(tmp_path / name / "1.png", picture(1))
+    for channels in (1, 3):
+        assert image_folder(channels=channels).shape.input_shape == (channels, 8, 8)
+        for group in groups_of(tmp_path, channels=channels):
+            assert group.x.shape[1:] == (channels, 8, 8)

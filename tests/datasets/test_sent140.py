@@ -57,6 +57,17 @@ def test_a_words_bucket_is_the_same_everywhere():
     assert bucket("good", 1) == 1
 
 
+def test_options_say_how_many_words_are_kept_and_in_how_many_buckets(tmp_path):
+    users = {"ann": ([tweet("one two three four five")] * 2, [0, 1])}
+    write(tmp_path / "all_data.json", users)
+    for max_words, num_buckets in ((3, 7), (4, 11)):
+        dataset, (group,) = read(tmp_path, max_words=max_words, num_buckets=num_buckets)
+        kept = ["one", "two", "three", "four", "five"][:max_words]
+        assert group.x[0].tolist() == [bucket(word, num_buckets) for word in kept]
+        assert dataset.shape.input_shape == (max_words,)
+        assert dataset.shape.num_tokens == num_buckets + 1
+
+
 def test_texts_are_cut_behind_and_padded_behind():
     windows = word_windows(["one two three four", "one", ""], 3, 1000)
     assert windows[0].tolist() == [bucket(w, 1000) for w in ("one", "two", "three")]

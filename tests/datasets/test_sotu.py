@@ -201,7 +201,7 @@ def test_addresses_follow_each_other_by_year_with_one_line_feed(tmp_path):
         "1803_thomas_jefferson_r.txt": "\naaa\r\n\r\n",
         "1804_thomas_jefferson_f.txt": "b—b\n",
     }
-    (group,) = groups_of(written(tmp_path, texts), window=1, hop=1)
+    (group,) = groups_of(written(tmp_path, texts), context=1, hop=1)
     cut = "aaa\nb?b\nccc\n"
     # 12 characters, cut behind 7 and 10; the last of each part is no window.
     parts = [cut[:7], cut[7:10], cut[10:]]
@@ -242,7 +242,7 @@ def numbered(tmp_path_factory):
         path.write_text("x" * (len(ids) - 1), "utf-8")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("selffl_ray.datasets.sotu.character_ids", lambda text: ids[: len(text)])
-            (found,) = groups_of(path.parent, window=window, hop=hop)
+            (found,) = groups_of(path.parent, context=window, hop=hop)
         return found
 
     return group
@@ -270,12 +270,12 @@ def test_a_text_that_is_too_short_is_named_with_its_part(tmp_path):
     assert [int((group.official == part).sum()) for part in PARTS] == [3, 1, 1]
     message = (
         r"^sotu: william_harrison has 402 characters, too few for a window of 80 and the character "
-        r"after it in the test part; lower data\.window, or take the client's files out"
+        r"after it in the test part; lower data\.context, or take the client's files out"
     )
     source = written(tmp_path, {name: "x" * 401})
     with pytest.raises(DataError, match=message):
         groups_of(source)
-    assert len(groups_of(source, window=79)[0].y) == 5
+    assert len(groups_of(source, context=79)[0].y) == 5
 
 
 # -- options and defaults -------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_a_text_that_is_too_short_is_named_with_its_part(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 0}, r"data\.window must be >= 1, got 0"),
+        ({"context": 0}, r"data\.context must be >= 1, got 0"),
         ({"hop": 0}, r"data\.hop must be >= 1, or null for no overlap, got 0"),
     ],
 )
@@ -297,9 +297,9 @@ def test_lengths_that_make_no_windows_are_refused(options, message):
     ("options", "width", "examples"),
     [
         ({}, 80, [13, 4, 4]),
-        ({"window": 20}, 20, [53, 17, 17]),
+        ({"context": 20}, 20, [53, 17, 17]),
         ({"hop": 40}, 80, [25, 7, 7]),
-        ({"window": 5, "hop": 100}, 5, [11, 4, 4]),
+        ({"context": 5, "hop": 100}, 5, [11, 4, 4]),
     ],
 )
 def test_options_set_the_shape_and_number_of_examples(tmp_path, options, width, examples):

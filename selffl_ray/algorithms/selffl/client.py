@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selffl_ray.algorithms.base import Local, Personal
+from selffl_ray.algorithms.base import Local, Personal, at_no_cost
 from selffl_ray.algorithms.selffl.config import SelfFLConfig
 from selffl_ray.algorithms.selffl.context import (
     Context,
@@ -253,7 +253,7 @@ def personalize(
     Without any estimate yet nothing is known about shrinkage, and the readout shrinks nothing.
     """
     if context.keeps_personal:
-        return Personal(state.personal_CP, torch.zeros(stack.num_clients, dtype=torch.int64))
+        return at_no_cost(state.personal_CP)
     config = context.config
     done = realise(
         config,
