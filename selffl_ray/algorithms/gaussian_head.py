@@ -56,7 +56,9 @@ class Draws:
     """
 
     def __init__(self, count: int, head_P: Tensor, stack: Stack) -> None:
-        self._count, self._head_P, self._size = count, head_P, int(head_P.sum())
+        self._count, self._size = count, int(head_P.sum())
+        # Positions, because a mask is searched anew whenever it picks.
+        self._head_H = head_P.nonzero().flatten().to(stack.engine.device)
         seed, now = stack.seed, stack.round_index
         self._rngs = [generator(seed, "pfedvem/draws", now, i) for i in stack.client_ids]
 
@@ -72,13 +74,13 @@ class Draws:
         half = torch.from_numpy(eps).to(theta_CP)
         grad_CP, slope_CH, losses = torch.zeros_like(theta_CP), torch.zeros_like(std_CH), []
         drawn_CP, batch = theta_CP.clone(), step.batch()
-        mean_CH = theta_CP[:, self._head_P]
+        mean_CH = theta_CP.index_select(1, self._head_H)
         for eps_CH in torch.cat([half, -half])[: self._count]:
-            drawn_CP[:, self._head_P] = mean_CH + std_CH * eps_CH
+            drawn_CP.index_copy_(1, self._head_H, torch.addcmul(mean_CH, std_CH, eps_CH))
             one_AP = step.active_grad(drawn_CP, batch)
             grad_CP[step.pick] = grad_CP[step.pick].add_(one_AP, alpha=1 / self._count)
-            one_AH, eps_AH = one_AP[:, self._head_P], eps_CH[step.pick]
-            slope_CH[step.pick] += eps_AH * one_AH / self._count
+            one_AH = one_AP.index_select(1, self._head_H)
+            slope_CH[step.pick] += eps_CH[step.pick] * one_AH / self._count
             losses.append(step.loss_A)
         step.loss_A = torch.stack(losses).mean(0)
         return grad_CP, slope_CH
