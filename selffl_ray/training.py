@@ -277,23 +277,19 @@ class Step:
 
     def active_grad(self, theta_CP: Tensor, batch: Batch | None = None) -> Tensor:
         """Mean-loss gradient of the active rows only, (A, P); overwritten by the next call."""
+        return self.grad_at(theta_CP[self.pick], batch)
+
+    def grad_at(self, theta_AP: Tensor, batch: Batch | None = None) -> Tensor:
+        """The same at parameters of the active rows, (A, P); overwritten by the next call."""
         at = batch if batch is not None else self.batch()
         if self._scratch_CP is None:
-            self._scratch_CP = torch.empty_like(theta_CP)
-        theta_AP = theta_CP[self.pick]
+            shape = (self._stack.num_clients, theta_AP.shape[1])
+            self._scratch_CP = theta_AP.new_empty(shape)
         loss_A, grad_AP = self._stack.engine.loss_and_grad(
             theta_AP, at.x, at.y, at.weight, self._scratch_CP[: len(theta_AP)]
         )
         self.loss_A = loss_A
         return grad_AP
-
-    def grad(self, theta_CP: Tensor, batch: Batch | None = None) -> Tensor:
-        """Mean-loss gradient at theta, (C, P); zero for finished rows."""
-        if bool(self.active_C.all()):
-            return self.active_grad(theta_CP, batch).clone()
-        grad_CP = torch.zeros_like(theta_CP)
-        grad_CP[self.pick] = self.active_grad(theta_CP, batch)
-        return grad_CP
 
 
 Direction = Callable[[Any, Tensor, Step], tuple[Any, Tensor]]
@@ -336,8 +332,11 @@ def local_sgd(
         trainable: (P,) bool; other coordinates keep their values, and their gradient does not
             count when it is clipped. All by default.
         extra_grad: theta_CP -> (C, P) added to the gradient, for penalties.
-        after_step: theta_CP -> (C, P) replaces the rows after each step, for proximal steps.
-        direction: (carry, theta_CP, step) -> (carry, gradient), for gradients taken elsewhere.
+        after_step: theta_CT -> (C, T) replaces the trainable coordinates of the rows after each
+            step, for proximal steps.
+        direction: (carry, theta_CP, step) -> (carry, gradient of the active rows (A, P)), for
+            gradients taken elsewhere. The loop overwrites what it is given, and does not look at
+            coordinates that are not trainable.
         observe: (seen, theta_CP, step) -> seen, called after each step. The tensor is the loop's
             own and changes with the next step: copy what must stay.
 
@@ -352,26 +351,31 @@ def local_sgd(
     rate_C1 = torch.as_tensor(rate, dtype=torch.float64).to(theta_CP).expand(count).unsqueeze(1)
     velocity_CP = torch.zeros_like(theta_CP) if config.momentum else None
     loss_C = torch.zeros(count, dtype=torch.float64)
+    parts = [slice(0, theta_CP.shape[1])] if trainable is None else _runs(trainable)
     step = Step(stack, stream, steps_C)
     for index in range(int(steps_C.max())):
         step.advance(index)
         pick = step.pick
-        if direction is None:
-            grad_AP = step.active_grad(theta_CP)
-        else:
-            carry, grad_CP = direction(carry, theta_CP, step)
-            grad_AP = grad_CP[pick].clone()
+        carry, grad_AP = (direction or _own_gradient)(carry, theta_CP, step)
         if extra_grad is not None:
             grad_AP += extra_grad(theta_CP)[pick]
         _regularise(config, theta_CP[pick], grad_AP, trainable)
         if velocity_CP is not None:
             grad_AP += velocity_CP[pick] * config.momentum
             velocity_CP[pick] = grad_AP
-        _move(theta_CP, pick, grad_AP.mul_(rate_C1[pick]), trainable, after_step)
+        for part in parts:
+            subtract(theta_CP, (pick, part), grad_AP[:, part].mul_(rate_C1[pick]))
+        if after_step is not None:
+            _replace(theta_CP, pick, parts, after_step)
         loss_C[pick] += step.loss_A.cpu()
         if observe is not None:
             seen = observe(seen, theta_CP, step)
     return Trained(theta_CP, carry, seen, loss_C / steps_C.clamp(min=1), steps_C)
+
+
+def _own_gradient(carry: Any, theta_CP: Tensor, step: Step) -> tuple[Any, Tensor]:
+    """The direction of plain SGD."""
+    return carry, step.active_grad(theta_CP)
 
 
 def _regularise(
@@ -388,26 +392,37 @@ def _regularise(
         grad_AP += config.weight_decay * theta_AP
 
 
-def _move(
+def subtract(theta_CP: Tensor, at: tuple[slice | Tensor, slice], change: Tensor) -> None:
+    """Subtract in place at some rows and a stretch of coordinates.
+
+    ``theta[at] -= change`` would write a part that is a view a second time, onto itself.
+    """
+    if isinstance(at[0], slice):
+        theta_CP[at].sub_(change)
+    else:
+        theta_CP[at] -= change
+
+
+def _replace(
     theta_CP: Tensor,
     pick: slice | Tensor,
-    change_AP: Tensor,
-    trainable: Tensor | None,
-    after_step: Callable[[Tensor], Tensor] | None,
+    parts: list[slice],
+    after_step: Callable[[Tensor], Tensor],
 ) -> None:
-    """Subtract the change from the active rows of theta, except at frozen coordinates."""
-    if trainable is not None:
-        change_AP = torch.where(trainable, change_AP, 0.0)
-    if after_step is None and isinstance(pick, slice):
-        theta_CP[pick].sub_(change_AP)
-        return
-    moved_CP = theta_CP.clone()
-    moved_CP[pick] -= change_AP
-    if after_step is not None:
-        moved_CP = after_step(moved_CP)
-        if trainable is not None:
-            moved_CP = torch.where(trainable, moved_CP, theta_CP)
-    theta_CP[pick] = moved_CP[pick]
+    """Apply ``after_step`` to the stretches ``parts`` of the active rows."""
+    taken = [theta_CP[:, part] for part in parts]
+    moved_CT = after_step(taken[0] if len(taken) == 1 else torch.cat(taken, dim=1))
+    done = 0
+    for part in parts:
+        size = part.stop - part.start
+        theta_CP[pick, part] = moved_CT[pick, done : done + size]
+        done += size
+
+
+def _runs(mask_P: Tensor) -> list[slice]:
+    """Where a mask is set, as stretches without a gap: layers lie together in a row."""
+    edge = np.flatnonzero(np.diff(mask_P.cpu().numpy(), prepend=False, append=False))
+    return [slice(int(start), int(stop)) for start, stop in edge.reshape(-1, 2)]
 
 
 class Tail(NamedTuple):

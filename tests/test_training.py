@@ -328,8 +328,9 @@ def test_direction_takes_the_gradient_elsewhere_and_hands_its_carry_on():
     start, steps_C = start_of(stack), torch.tensor([3, 6, 1, 4])
 
     def lookahead(carry, theta_CP, step):
-        ahead_CP = theta_CP - 0.5 * step.grad(theta_CP, step.batch("second"))
-        return carry + theta_CP * (step.index + 1), step.grad(ahead_CP)
+        second_AP = step.active_grad(theta_CP, step.batch("second"))
+        ahead_AP = theta_CP[step.pick] - 0.5 * second_AP
+        return carry + theta_CP * (step.index + 1), step.grad_at(ahead_AP)
 
     trained = local_sgd(
         stack,
@@ -362,7 +363,7 @@ def test_direction_takes_the_gradient_elsewhere_and_hands_its_carry_on():
 def test_a_direction_may_ask_for_no_gradient_and_then_reports_no_loss():
     stack = stack_of(CLIENTS)
     start = start_of(stack)
-    halve = lambda carry, theta_CP, step: (carry, theta_CP)  # noqa: E731
+    halve = lambda carry, theta_CP, step: (carry, theta_CP[step.pick].clone())  # noqa: E731
     steps_C = torch.tensor([3, 1, 0, 2])
     trained = local_sgd(stack, start=start, steps_C=steps_C, rate_C=0.5, direction=halve)
     torch.testing.assert_close(trained.params_CP, start * 0.5 ** steps_C.unsqueeze(1))
@@ -377,7 +378,7 @@ def test_the_loops_own_gradient_is_the_default_direction():
         stack,
         start=start,
         steps_C=steps_C,
-        direction=lambda carry, theta_CP, step: (carry, step.grad(theta_CP)),
+        direction=lambda carry, theta_CP, step: (carry, step.active_grad(theta_CP)),
     )
     assert torch.equal(own.params_CP, asked.params_CP)
     assert torch.equal(own.loss_C, asked.loss_C)
@@ -398,7 +399,10 @@ def test_after_step_replaces_the_active_rows_after_every_step():
                 start=theta_P,
                 steps_C=torch.full((4,), step + 1),
                 rate_C=0.2,
-                direction=lambda c, t, s, now=step: (c, s.grad(t) if s.index == now else 0 * t),
+                direction=lambda c, t, s, now=step: (
+                    c,
+                    s.active_grad(t) if s.index == now else 0 * t[s.pick],
+                ),
             )
             theta_P = F.softshrink(moved.params_CP[client], 0.05)
         torch.testing.assert_close(trained.params_CP[client], theta_P)
@@ -488,8 +492,9 @@ def test_batches_and_gradients_are_made_on_the_device_of_the_examples():
     for index, active in ((0, 3), (1, 2)):
         step.advance(index)
         assert step.batch().x.shape == (active, 4, INPUTS)
-        assert step.active_grad(theta_CP).shape == (active, stack.spec.num_params)
-        assert step.grad(theta_CP).device.type == "meta"
+        grad_AP = step.active_grad(theta_CP)
+        assert grad_AP.shape == (active, stack.spec.num_params)
+        assert grad_AP.device.type == "meta"
 
 
 # -- batches --------------------------------------------------------------------------------------

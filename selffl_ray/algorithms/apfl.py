@@ -40,7 +40,7 @@ from selffl_ray.algorithms.fedavg import Global, Upload, fedavg
 from selffl_ray.errors import ConfigError
 from selffl_ray.flat import FlatParams
 from selffl_ray.registry import register_algorithm
-from selffl_ray.training import Stack, Step, TrainingConfig, local_sgd
+from selffl_ray.training import Stack, Step, TrainingConfig, local_sgd, subtract
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +105,19 @@ def apfl(config: APFLConfig, federation: Federation) -> Algorithm:
         rate = stack.learning_rate
 
         def train_own(own: Mixture, w_CP: Tensor, step: Step) -> Mixture:
-            grad_CP, share_C1 = step.grad(_mix(own, w_CP)), own.share_C1
+            # In place: to read and write whole models costs as much as a gradient.
+            own_AP, w_AP, share_A1 = (t[step.pick] for t in (own.params_CP, w_CP, own.share_C1))
+            grad_AP = step.grad_at(torch.lerp(w_AP, own_AP, share_A1))
             if config.adaptive and step.index == 0:
-                slope_C1 = ((own.params_CP - w_CP) * grad_CP).sum(1, keepdim=True)
-                share_C1 = (share_C1 - config.share_rate * rate * slope_C1).clamp(0, 1)
-            moved_CP = own.params_CP - grad_CP.mul_(rate * own.share_C1)
-            return Mixture(moved_CP, share_C1)
+                slope_A1 = ((own_AP - w_AP) * grad_AP).sum(1, keepdim=True)
+                moved_A1 = (share_A1 - config.share_rate * rate * slope_A1).clamp(0, 1)
+            else:
+                moved_A1 = share_A1
+            subtract(own.params_CP, (step.pick, slice(None)), grad_AP.mul_(rate * share_A1))
+            own.share_C1[step.pick] = moved_A1
+            return own
 
-        before = Mixture(state.params_CP, state.share_C1)
+        before = Mixture(state.params_CP.clone(), state.share_C1.clone())
         trained = local_sgd(stack, start=shared.params_P, observe=train_own, seen=before)
         own, upload = kept(trained.seen, trained.params_CP), Upload(trained.params_CP)
         return Local(own, upload, Empty(), trained.loss_C, 2 * trained.num_steps_C)

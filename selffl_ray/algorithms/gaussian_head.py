@@ -24,14 +24,13 @@ Shape letters: C clients of a stack, P parameters, H coordinates of the head.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from selffl_ray.algorithms.partial import join
 from selffl_ray.algorithms.phases import Phase
 from selffl_ray.seeding import generator
 from selffl_ray.training import Stack, Step, Trained, local_sgd
@@ -56,34 +55,36 @@ class Draws:
     """
 
     def __init__(self, count: int, head_P: Tensor, stack: Stack) -> None:
-        self._count, self._size = count, int(head_P.sum())
+        self.count = count
         # Positions, because a mask is searched anew whenever it picks.
-        self._head_H = head_P.nonzero().flatten().to(stack.engine.device)
+        self.head_H = head_P.nonzero().flatten().to(stack.engine.device)
         seed, now = stack.seed, stack.round_index
         self._rngs = [generator(seed, "pfedvem/draws", now, i) for i in stack.client_ids]
 
-    def gradient(self, std_CH: Tensor, theta_CP: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Means over the draws of the gradient (C, P), and of eps times that of the head (C, H).
+    def each(self, std_CH: Tensor, theta_CP: Tensor, step: Step) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each draw, eps (A, H) of the active rows and the gradient there (A, P).
 
-        All draws of a step see the same batch.
+        All draws of a step see the same batch. The gradient is overwritten by the next draw. Until
+        the draws are taken, the heads of theta are the drawn ones: a copy of whole models costs as
+        much as a gradient.
         """
-        pairs = math.ceil(self._count / 2)
-        eps = np.zeros((pairs, len(std_CH), self._size))
-        for row in np.flatnonzero(step.active_C.numpy()):
-            eps[:, row] = self._rngs[row].standard_normal((pairs, self._size))
-        half = torch.from_numpy(eps).to(theta_CP)
-        grad_CP, slope_CH, losses = torch.zeros_like(theta_CP), torch.zeros_like(std_CH), []
-        drawn_CP, batch = theta_CP.clone(), step.batch()
-        mean_CH = theta_CP.index_select(1, self._head_H)
-        for eps_CH in torch.cat([half, -half])[: self._count]:
-            drawn_CP.index_copy_(1, self._head_H, torch.addcmul(mean_CH, std_CH, eps_CH))
-            one_AP = step.active_grad(drawn_CP, batch)
-            grad_CP[step.pick] = grad_CP[step.pick].add_(one_AP, alpha=1 / self._count)
-            one_AH = one_AP.index_select(1, self._head_H)
-            slope_CH[step.pick] += eps_CH[step.pick] * one_AH / self._count
+        theta_AP, std_AH = theta_CP[step.pick], std_CH[step.pick]
+        half, batch = self._eps(step).to(theta_AP), step.batch()
+        mean_AH, losses = theta_AP.index_select(1, self.head_H), []
+        for eps_AH in torch.cat([half, -half])[: self.count]:
+            theta_AP.index_copy_(1, self.head_H, torch.addcmul(mean_AH, std_AH, eps_AH))
+            grad_AP = step.grad_at(theta_AP, batch)
             losses.append(step.loss_A)
+            yield eps_AH, grad_AP
+        theta_AP.index_copy_(1, self.head_H, mean_AH)
         step.loss_A = torch.stack(losses).mean(0)
-        return grad_CP, slope_CH
+
+    def _eps(self, step: Step) -> Tensor:
+        """One of each pair of draws for the active rows, (pairs, A, H) float64."""
+        pairs = math.ceil(self.count / 2)
+        rows = np.flatnonzero(step.active_C.numpy())
+        drawn = [self._rngs[row].standard_normal((pairs, len(self.head_H))) for row in rows]
+        return torch.from_numpy(np.stack(drawn, axis=1))
 
 
 def trainer(stack: Stack, draws: Draws, prior: Prior) -> Callable[[Phase, Tensor, Tensor], Trained]:
@@ -93,29 +94,36 @@ def trainer(stack: Stack, draws: Draws, prior: Prior) -> Callable[[Phase, Tensor
         (phase, start (C, P), log deviations (C, H)) -> trained rows, and as their carry the log
         deviations, which only the phase of the head moves.
     """
-    rate = stack.learning_rate
+    rate, count = stack.learning_rate, draws.count
     num_C1 = stack.train.num_C.to(prior.var_C).unsqueeze(1)
     pull_C1 = (rate / (num_C1 * prior.var_C.unsqueeze(1))).to(prior.mean_H)
     num_C1, var_C1 = num_C1.to(prior.mean_H), prior.var_C.to(prior.mean_H).unsqueeze(1)
 
     def of_head(log_std_CH: Tensor, theta_CP: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        std_CH = log_std_CH.exp()
-        grad_CP, slope_CH = draws.gradient(std_CH, theta_CP, step)
-        change_CH = rate * (std_CH * slope_CH + (std_CH.square() / var_C1 - 1) / num_C1)
+        std_CH, pick = log_std_CH.exp(), step.pick
+        slope_AH, mean_AH = torch.zeros_like(std_CH[pick]), torch.zeros_like(std_CH[pick])
+        for eps_AH, grad_AP in draws.each(std_CH, theta_CP, step):
+            head_AH = grad_AP.index_select(1, draws.head_H)
+            mean_AH.add_(head_AH, alpha=1 / count)
+            slope_AH += eps_AH * head_AH / count
+        pull_AH = (std_CH.square() / var_C1 - 1)[pick] / num_C1[pick]
+        change_AH = rate * (std_CH[pick] * slope_AH + pull_AH)
         moved_CH = log_std_CH.clone()
-        moved_CH[step.pick] -= change_CH[step.pick].clamp(-MOST_CHANGE, MOST_CHANGE)
-        return moved_CH, grad_CP
+        moved_CH[pick] -= change_AH.clamp(-MOST_CHANGE, MOST_CHANGE)
+        # The loop does not look at the body's coordinates, which hold the last draw's.
+        return moved_CH, grad_AP.index_copy_(1, draws.head_H, mean_AH)
+
+    def to_prior(mean_CH: Tensor) -> Tensor:
+        return (mean_CH + pull_C1 * prior.mean_H) / (1 + pull_C1)
 
     def of_body(log_std_CH: Tensor, theta_CP: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        return log_std_CH, draws.gradient(log_std_CH.exp(), theta_CP, step)[0]
+        each = draws.each(log_std_CH.exp(), theta_CP, step)
+        mean_AP = next(each)[1] * (1 / count)
+        for _, grad_AP in each:
+            mean_AP.add_(grad_AP, alpha=1 / count)
+        return log_std_CH, mean_AP
 
     def train(phase: Phase, start: Tensor, log_std_CH: Tensor) -> Trained:
-        def to_prior(theta_CP: Tensor) -> Tensor:
-            mean_CH = theta_CP[:, phase.trainable]
-            return join(
-                phase.trainable, (mean_CH + pull_C1 * prior.mean_H) / (1 + pull_C1), theta_CP
-            )
-
         return local_sgd(
             stack,
             start=start,

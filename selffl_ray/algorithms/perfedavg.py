@@ -116,15 +116,17 @@ def perfedavg(config: PerFedAvgConfig, federation: Federation) -> Algorithm:
 def meta_gradient(
     config: PerFedAvgConfig, carry: None, w_CP: Tensor, step: Step
 ) -> tuple[None, Tensor]:
-    """Gradient in w of the loss after an inner step: (C, P)."""
-    u_CP = w_CP - config.inner_rate * step.grad(w_CP, step.batch("inner"))
-    grad_CP = step.grad(u_CP)
+    """Gradient in w of the loss after an inner step: (A, P), overwritten by the next gradient."""
+    w_AP = w_CP[step.pick]
+    inner_AP = step.grad_at(w_AP, step.batch("inner"))
+    u_AP = w_AP - inner_AP.mul_(config.inner_rate)
+    grad_AP = step.grad_at(u_AP)
     if config.variant == "fo":
-        return carry, grad_CP
-    loss_A, batch = step.loss_A, step.batch("hessian")
-    ahead_CP = step.grad(w_CP + config.hessian_step * grad_CP, batch)
-    behind_CP = step.grad(w_CP - config.hessian_step * grad_CP, batch)
+        return carry, grad_AP
+    loss_A, batch, along_AP = step.loss_A, step.batch("hessian"), grad_AP.clone()
+    ahead_AP = step.grad_at(w_AP + config.hessian_step * along_AP, batch).clone()
+    behind_AP = step.grad_at(w_AP - config.hessian_step * along_AP, batch)
     # The loss of the step is that of u, not of the points of the difference.
     step.loss_A = loss_A
-    curved_CP = (ahead_CP - behind_CP) / (2 * config.hessian_step)
-    return carry, grad_CP - config.inner_rate * curved_CP
+    curved_AP = (ahead_AP - behind_AP) / (2 * config.hessian_step)
+    return carry, along_AP - config.inner_rate * curved_AP

@@ -112,7 +112,7 @@ def pfedme(config: PFedMeConfig, federation: Federation) -> Algorithm:
             start=shared.params_P,
             rate_C=config.outer_rate,
             direction=partial(_solve, config, config.alpha(stack.learning_rate)),
-            carry=start.expand(stack.num_clients, -1),
+            carry=start.expand(stack.num_clients, -1).clone(),
         )
         own, gradients_C = Own(trained.carry), config.inner_steps * trained.num_steps_C
         return Local(own, Upload(trained.params_CP), Empty(), trained.loss_C, gradients_C)
@@ -129,12 +129,12 @@ def pfedme(config: PFedMeConfig, federation: Federation) -> Algorithm:
 def _solve(
     config: PFedMeConfig, alpha: float, theta_CP: Tensor, w_CP: Tensor, step: Step
 ) -> tuple[Tensor, Tensor]:
-    """Theta after its steps on the step's batch, and the gradient of the envelope at w: (C, P)."""
-    theta_CP, batch, w_AP = theta_CP.clone(), step.batch(), w_CP[step.pick]
+    """Theta after its steps on the batch (C, P), and the gradient of the envelope at w (A, P)."""
+    # In place: to read and write whole models costs as much as a gradient.
+    batch, w_AP, theta_AP = step.batch(), w_CP[step.pick], theta_CP[step.pick]
     for _ in range(config.inner_steps):
-        grad_AP = step.active_grad(theta_CP, batch)
-        theta_AP = theta_CP[step.pick]
-        # In place: whole models are read and written here, and that costs as much as a gradient.
+        grad_AP = step.grad_at(theta_AP, batch)
         grad_AP.add_(theta_AP, alpha=config.pull).sub_(w_AP, alpha=config.pull)
-        theta_CP[step.pick] = theta_AP.sub_(grad_AP, alpha=alpha)
-    return theta_CP, (w_CP - theta_CP).mul_(config.pull)
+        theta_AP.sub_(grad_AP, alpha=alpha)
+    theta_CP[step.pick] = theta_AP
+    return theta_CP, (w_AP - theta_AP).mul_(config.pull)
