@@ -57,6 +57,8 @@ class Dataset:
         an earlier release prepared are not taken for new ones.
     made_with: for data that a program generates: files -> that program and its version. The store
         is then known by it instead of by where the files lie and how old they are.
+    num_groups: files -> so many groups ``read`` will give, at most, where that is known before;
+        tells how far the preparation of a store is.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Dataset:
     """Parts of an experiment's configuration that suit this set; the user's own keys win."""
     version: int = 1
     made_with: Callable[[tuple[Path, ...]], str] | None = None
+    num_groups: Callable[[tuple[Path, ...]], int] | None = None
 
     def features(self, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Stored inputs as a model takes them: float32 features, or int64 tokens unchanged."""

@@ -99,6 +99,7 @@ def glyphs(config: GlyphsConfig) -> Dataset:
         shift_scale=(0.0, 1.0),
         natural=True,
         made_with=_made_with,
+        num_groups=len,
         defaults={"experiment": "glyphs"},
     )
 

@@ -110,6 +110,7 @@ def spoken_words(config: SpokenWordsConfig) -> Dataset:
         label_names=config.words,
         natural=True,
         made_with=_made_with,
+        num_groups=lambda files: config.num_speakers,
         defaults={
             "experiment": "spoken_words",
             "training": {"learning_rate": 0.1},

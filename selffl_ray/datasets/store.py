@@ -16,7 +16,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -81,19 +82,46 @@ class Fetched(NamedTuple):
     y: Array
 
 
+class StoreProgress(NamedTuple):
+    """An event: how far the preparation of a store, or a look at all of it, is.
+
+    stage: ``preparing`` or ``checking``; done: record batches, total: of them at most, None if that
+    is not known before; finished: this was the last.
+    """
+
+    stage: str
+    done: int
+    total: int | None
+    num_rows: int
+    seconds: float
+    finished: bool
+
+
+Watch = Callable[[StoreProgress], None]
+
+
 def store_root() -> Path:
     """Folder of all stores: ``SELFFL_RAY_STORES``, or the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "selffl_ray"
     return Path(os.environ.get("SELFFL_RAY_STORES", default)).absolute()
 
 
-def prepare(dataset: Dataset, options: Any, source: str | None, seed: int, root: Path) -> Store:
+def prepare(
+    dataset: Dataset,
+    options: Any,
+    source: str | None,
+    seed: int,
+    root: Path,
+    *,
+    watch: Watch = lambda event: None,
+) -> Store:
     """Open the store of a data set, building it first if it is not there.
 
     Args:
         options: the set's config dataclass; other options are another store.
         source: where the files lie, as the configuration gives it.
         seed: used only by sets that draw their data with it.
+        watch: is told after each record batch that was written.
 
     Raises:
         DataError: files that are missing, truncated or not what they should be.
@@ -112,7 +140,9 @@ def prepare(dataset: Dataset, options: Any, source: str | None, seed: int, root:
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder = root / f"{dataset.name}-{key}"
     if not (folder / "manifest.json").exists():
-        _build(dataset, dataset.read(files, seed), made_with or _source(files), folder)
+        pieces = _pieces(dataset, dataset.read(files, seed))
+        total = dataset.num_groups(files) if dataset.num_groups else None
+        _build(dataset, _told(pieces, total, watch), made_with or _source(files), folder)
     return Store(folder)
 
 
@@ -127,7 +157,7 @@ def _build(dataset: Dataset, groups: Iterable[Group], source: str, folder: Path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _write(dataset, _pieces(dataset, groups), source, draft)
+        _write(dataset, groups, source, draft)
         try:
             draft.rename(folder)
         except OSError as error:
@@ -138,6 +168,18 @@ def _build(dataset: Dataset, groups: Iterable[Group], source: str, folder: Path)
                 ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _told(groups: Iterable[Group], total: int | None, watch: Watch) -> Iterator[Group]:
+    """The groups; each is told of when the next one is asked for, so when it is written."""
+    began, done, num_rows = time.monotonic(), 0, 0
+    for group in groups:
+        yield group
+        done, num_rows = done + 1, num_rows + len(group.y)
+        seconds = time.monotonic() - began
+        watch(StoreProgress("preparing", done, total, num_rows, seconds, finished=False))
+    seconds = time.monotonic() - began
+    watch(StoreProgress("preparing", done, done, num_rows, seconds, finished=True))
 
 
 def _pieces(dataset: Dataset, groups: Iterable[Group]) -> Iterator[Group]:
@@ -316,6 +358,19 @@ class Store:
         if x is None or y is None:
             raise DataError(f"{self.folder}: asked for no rows")
         return Fetched(x, y)
+
+    def check(self, watch: Watch = lambda event: None) -> None:
+        """Read all of it and compare with what was written.
+
+        Raises:
+            DataError: the first record batch that is not as it was, named.
+        """
+        began, total = time.monotonic(), self.manifest.num_batches
+        for index in range(total):
+            self._batch(index)
+            done, num_rows = index + 1, int(self.start_rows[index + 1])
+            seconds = time.monotonic() - began
+            watch(StoreProgress("checking", done, total, num_rows, seconds, done == total))
 
     def _batch(self, index: int) -> pa.RecordBatch:
         try:

@@ -128,6 +128,36 @@ def test_a_client_without_examples_keeps_its_place(tmp_path):
     np.testing.assert_array_equal(store.read(np.asarray([4, 2])).x, together(groups)[0][[4, 2]])
 
 
+# -- how far it is ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("total", [None, 3, 5])
+def test_each_record_batch_is_told_of_when_it_is_written_and_when_it_is_checked(tmp_path, total):
+    given, told = [], []
+
+    def groups(seed):
+        for one in CLIENTS:
+            given.append(one)
+            yield one
+            assert len(told) == len(given)  # the last one is written before another is asked for
+
+    dataset = dataclasses.replace(made(groups), num_groups=total and (lambda files: total))
+    store = prepare(dataset, None, None, 0, tmp_path, watch=told.append)
+    rows = [5, 14, 16]
+    assert [e[:4] for e in told] == [
+        *(("preparing", k + 1, total, n) for k, n in enumerate(rows)),
+        ("preparing", 3, 3, 16),
+    ]
+    assert [e.finished for e in told] == [False] * 3 + [True]
+    told.clear()
+    again = prepare(dataset, None, None, 0, tmp_path, watch=told.append)
+    assert not told
+    again.check(told.append)
+    assert [e[:4] for e in told] == [("checking", k + 1, 3, n) for k, n in enumerate(rows)]
+    assert [e.finished for e in told] == [False, False, True]
+    assert store.folder == again.folder
+
+
 # -- identity -------------------------------------------------------------------------------------
 
 
@@ -273,8 +303,9 @@ def test_a_changed_example_is_noticed_and_its_client_named(store):
     with pytest.raises(DataError, match=r"record batch 1 \(client 'bert'\) is not what") as error:
         broken.read(np.asarray([14, 5]))
     assert remedy(store.folder) in str(error.value)
-    with pytest.raises(DataError, match="'bert'"):
-        broken.labels()
+    for look in (broken.labels, broken.check):
+        with pytest.raises(DataError, match="'bert'"):
+            look()
 
 
 @pytest.mark.parametrize("name", ["data.arrow", "index.arrow", "manifest.json"])
