@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -87,20 +88,22 @@ class ClientData:
 
     def _read(self, store: Store, wanted: Sequence[npt.NDArray[np.int64]]) -> Rows:
         num = torch.tensor([len(rows) for rows in wanted], dtype=torch.int64)
-        xs, ys = [], []
-        for client, rows in zip(self.clients.values(), wanted, strict=True):
-            if len(rows):
-                x, y = store.read(rows)
-                if client.quarter_turns:
-                    x = np.rot90(x, client.quarter_turns, axes=(-2, -1))
-                xs.append(self.dataset.features(x))
-                ys.append(y)
-        manifest = store.manifest
-        x = np.concatenate(xs) if xs else np.empty((0, *manifest.x_shape), np.float32)
-        y = np.concatenate(ys) if ys else np.empty((0, *manifest.y_shape), np.int64)
+        start = torch.cumsum(num, 0) - num
+        x: npt.NDArray[Any] = np.empty((0, *store.manifest.x_shape), np.float32)
+        y: npt.NDArray[Any] = np.empty((0, *store.manifest.y_shape), np.int64)
+        for at, rows, client in zip(start.tolist(), wanted, self.clients.values(), strict=True):
+            if not len(rows):
+                continue
+            part_x, part_y = store.read(rows)
+            if client.quarter_turns:
+                part_x = np.rot90(part_x, client.quarter_turns, axes=(-2, -1))
+            part_x = self.dataset.features(part_x)
+            if not len(x):
+                # Filled client by client: joining the clients' arrays at the end would take twice
+                # the memory, and much of it stays with the process.
+                x = np.empty((int(num.sum()), *part_x.shape[1:]), part_x.dtype)
+                y = np.empty((int(num.sum()), *part_y.shape[1:]), part_y.dtype)
+            x[at : at + len(rows)], y[at : at + len(rows)] = part_x, part_y
         return Rows(
-            torch.from_numpy(np.ascontiguousarray(x)).to(self._device),
-            torch.from_numpy(y).to(self._device),
-            torch.cumsum(num, 0) - num,
-            num,
+            torch.from_numpy(x).to(self._device), torch.from_numpy(y).to(self._device), start, num
         )

@@ -298,13 +298,15 @@ def data_prepare(options: argparse.Namespace, say: Say) -> int:
     dataset = datasets.make(chosen)
     dataset.find(config.data.source)
     say.aside(f"preparing {dataset.name} ({dataset.title}) ...\n")
-    store = prepare(
-        dataset, datasets.options(chosen), config.data.source, config.seed, store_root()
-    )
+    own, root = datasets.options(chosen), store_root()
+    with watching(say) as printer:
+        store = prepare(dataset, own, config.data.source, config.seed, root, watch=printer)
+        # A copy that was prepared long ago may have been damaged since.
+        store.check(printer)
     manifest = store.manifest
     say.out(f"{manifest.name}: {manifest.num_rows} examples, {manifest.num_batches} record batches")
     say.out(f"licence: {manifest.licence}")
-    say.out(f"digest:  {manifest.digest}")
+    say.out(f"digest:  {manifest.digest} (all record batches checked)")
     say.out(f"store:   {store.folder}")
     return 0
 

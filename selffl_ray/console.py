@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from selffl_ray.datasets.store import StoreProgress
 from selffl_ray.run_loop import Progress
 from selffl_ray.sweep_progress import SweepProgress
 from selffl_ray.sweep_results import Ranked, interval, shown
@@ -54,6 +55,24 @@ def sweep_line(event: SweepProgress) -> str:
     left = event.seconds / max(event.started_done, 1) * (event.total - event.done)
     known = event.started_done > 0 and left > 0
     parts.append(f"{duration(left)} left" if known else duration(event.seconds))
+    return "  ".join(parts)
+
+
+BAR = 20
+"""Characters of a full bar."""
+
+
+def store_line(event: StoreProgress) -> str:
+    """What is done to a store, a bar if its size is known, and the time that is left."""
+    parts = [event.stage]
+    left = 0.0
+    if event.total:
+        share = min(event.done / event.total, 1.0)
+        full = int(BAR * share)
+        parts.append(f"[{'#' * full}{'.' * (BAR - full)}] {int(100 * share)} %")
+        left = event.seconds / event.done * max(event.total - event.done, 0)
+    parts.append(f"{event.num_rows} examples")
+    parts.append(f"{duration(left)} left" if left else duration(event.seconds))
     return "  ".join(parts)
 
 
@@ -190,6 +209,10 @@ def _cell(values: Sequence[float | None], percent: bool, digits: int = 1) -> str
     return text
 
 
+LIVE_S = 0.1
+"""Seconds between two looks of a live line that would otherwise change more often."""
+
+
 class ProgressPrinter:
     """Turns events into one live line on a terminal, and into plain lines elsewhere.
 
@@ -203,9 +226,10 @@ class ProgressPrinter:
         self._live = sys.stderr.isatty() if live is None else live
         self._open = False
         self._trials_done = -1
+        self._store_seconds = -math.inf
 
     def __call__(self, event: Any) -> None:
-        """Show a Progress, a SweepProgress or a Message."""
+        """Show a Progress, a SweepProgress, a StoreProgress or a Message."""
         if isinstance(event, Progress):
             last = event.round_index + 1 == event.num_rounds
             self._show(progress_line(event), last, last or "time/eval_s" in event.metrics)
@@ -214,9 +238,21 @@ class ProgressPrinter:
             news = event.done != self._trials_done
             self._trials_done = event.done
             self._show(sweep_line(event), last, news)
+        elif isinstance(event, StoreProgress):
+            self._show_store(event)
         else:
             self.end()
             self._write(f"{event.text}\n")
+
+    def _show_store(self, event: StoreProgress) -> None:
+        """A store may have thousands of clients a second: no more lines than an eye can follow."""
+        if event.finished:
+            self._store_seconds = -math.inf
+        elif event.seconds - self._store_seconds < LIVE_S or not self._live:
+            return
+        else:
+            self._store_seconds = event.seconds
+        self._show(store_line(event), event.finished, news=event.finished)
 
     def _show(self, line: str, last: bool, news: bool) -> None:
         """Rewrite the live line; elsewhere a line of its own, if it is news."""

@@ -30,7 +30,15 @@ import pytest
 from selffl_ray import api, commands, load_config
 from selffl_ray.cli import main
 from selffl_ray.config import parse_config
-from selffl_ray.console import ProgressPrinter, duration, progress_line, size, text_table
+from selffl_ray.console import (
+    ProgressPrinter,
+    duration,
+    progress_line,
+    size,
+    store_line,
+    text_table,
+)
+from selffl_ray.datasets.store import StoreProgress
 from selffl_ray.errors import RunError
 from selffl_ray.registry import (
     algorithms,
@@ -680,10 +688,46 @@ def test_preparing_data_builds_a_store_once_and_names_licence_and_digest(selffl,
     lines = dict(line.split(":", 1) for line in first.out.splitlines())
     assert lines["mnist"].strip().startswith("80 examples")
     assert set(lines) == {"mnist", "licence", "digest", "store"}
+    assert lines["digest"].endswith(" (all record batches checked)")
     store = Path(lines["store"].strip())
     before = (store / "data.arrow").stat().st_mtime_ns
     assert selffl("data", "prepare", "mnist", "--source", "images").out == first.out
     assert (store / "data.arrow").stat().st_mtime_ns == before
+
+
+def test_preparing_shows_a_bar_on_a_terminal_and_a_line_a_stage_elsewhere(selffl, monkeypatch):
+    # Each client has four examples and its optimum besides.
+    many = "data={name: gaussian, num_clients: 30, dimension: 2, num_examples: [4, 4]}"
+    chosen = ("data", "prepare", "gaussian", *sets(many))
+    plain = selffl(*chosen, *sets("seed=1"))
+    lines = plain.err.splitlines()
+    assert [line.split("  ")[:3] for line in lines[1:]] == [
+        [stage, f"[{'#' * 20}] 100 %", "150 examples"] for stage in ("preparing", "checking")
+    ]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    live = selffl(*chosen, *sets("seed=2"))
+    rewritten = live.err.split("\r\x1b[2K")[1:]
+    assert rewritten[0].startswith("preparing  [....................] 3 %  5 examples  ")
+    ends = [text.partition("  ")[0] for text in rewritten if text.endswith("\n")]
+    assert ends == ["preparing", "checking"]
+    known = selffl(*chosen, *sets("seed=2")).err.split("\r\x1b[2K")[1:]
+    assert {text.partition("  ")[0] for text in known} == {"checking"}
+
+
+def test_preparing_again_notices_a_copy_that_was_damaged(selffl, tmp_path):
+    write_idx(tmp_path / "images")
+    first = selffl("data", "prepare", "mnist", "--source", "images")
+    store = Path(first.out.rpartition("store:")[2].strip())
+    raw = bytearray((store / "data.arrow").read_bytes())
+    raw[len(raw) // 2] ^= 0xFF
+    (store / "data.arrow").unlink()
+    (store / "data.arrow").write_bytes(raw)
+    said = selffl("data", "prepare", "mnist", "--source", "images")
+    assert said.code == 2
+    assert f"{store}/data.arrow: record batch " in said.err
+    assert f"delete {store} and prepare it again" in said.err
+    shutil.rmtree(store)
+    assert selffl("data", "prepare", "mnist", "--source", "images").out == first.out
 
 
 @pytest.mark.slow
@@ -983,6 +1027,34 @@ def test_a_progress_line_has_round_scores_participants_and_the_time_that_is_left
     assert last == "fedavg seed 0  round 40/40  7 clients  2 min 0 s"
     only_val = progress_line(Progress("x", 0, 2, 1, {"val/local_mse": 0.25}, 1.0))
     assert "val local 0.25  " in only_val
+
+
+def test_a_stores_line_has_a_bar_if_its_size_is_known_and_the_time_that_is_left():
+    def line(done: int, total: int | None, seconds: float) -> str:
+        return store_line(StoreProgress("preparing", done, total, 1200, seconds, finished=False))
+
+    assert line(6, 24, 5.0) == f"preparing  [{'#' * 5}{'.' * 15}] 25 %  1200 examples  15 s left"
+    assert line(24, 24, 70.0) == f"preparing  [{'#' * 20}] 100 %  1200 examples  1 min 10 s"
+    assert line(6, None, 5.0) == "preparing  1200 examples  5 s"
+
+
+def test_a_live_bar_changes_ten_times_a_second_at_most_and_says_its_end():
+    def shown(live: bool) -> list[str]:
+        text: list[str] = []
+        printer = ProgressPrinter(text.append, live=live)
+        for stage in ("preparing", "checking"):
+            for k in range(1, 101):
+                printer(StoreProgress(stage, k, 100, 10 * k, 0.01 * k, finished=k == 100))
+        return text
+
+    live, plain = shown(live=True), shown(live=False)
+    assert len(plain) == 2
+    assert all(" 100 %  1000 examples  1 s\n" in line for line in plain)
+    for start, stage in ((0, "preparing"), (len(live) // 2, "checking")):
+        own = live[start : start + len(live) // 2]
+        assert all(text.startswith(f"\r\x1b[2K{stage}  [") for text in own)
+        assert 10 <= len(own) <= 12
+        assert [text.endswith("\n") for text in own] == [False] * (len(own) - 1) + [True]
 
 
 def test_on_a_terminal_one_line_lives_and_elsewhere_lines_are_plain():

@@ -139,6 +139,7 @@ def gaussian(config: GaussianConfig) -> Dataset:
         read=read,
         task=REGRESSION,
         natural=True,
+        num_groups=lambda files: config.num_clients,
         depends_on_seed=config.optima == "drawn",
         known=lambda: KnownVariances(config.known_inter_var, config.intra_var_M),
         defaults={

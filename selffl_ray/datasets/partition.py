@@ -203,7 +203,7 @@ def _chosen(config: NaturalConfig, dataset: Dataset, store: Store, seed: int) ->
 
 
 def _natural_hand(store: Store, batch: int, client_id: str) -> Hand:
-    """What the client of a record batch has; only that batch is read."""
+    """What the client of a record batch has; its examples are not read."""
     own = np.arange(store.start_rows[batch], store.start_rows[batch + 1])
     part = store.official([batch])
     unseen = bool(len(own)) and bool((part == UNSEEN).all())

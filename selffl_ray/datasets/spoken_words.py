@@ -15,7 +15,6 @@ is known by espeak-ng's version and the digest of its files, since releases soun
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from selffl_ray.datasets import espeak
-from selffl_ray.datasets.base import Dataset, Group
+from selffl_ray.datasets.base import Dataset, Group, content_digest
 from selffl_ray.datasets.logmel import Floats, LogMelConfig, fit_length, log_mel
 from selffl_ray.datasets.speech import FULL_SCALE, resampled
 from selffl_ray.errors import ConfigError, DataError
@@ -111,6 +110,7 @@ def spoken_words(config: SpokenWordsConfig) -> Dataset:
         label_names=config.words,
         natural=True,
         made_with=_made_with,
+        num_groups=lambda files: config.num_speakers,
         defaults={
             "experiment": "spoken_words",
             "training": {"learning_rate": 0.1},
@@ -150,11 +150,7 @@ def _made_with(files: tuple[Path, ...]) -> str:
         raise DataError(
             f"{files[0]}: not espeak-ng for this machine ({error}); {REMEDY}"
         ) from error
-    sha = hashlib.sha256()
-    for path in files:
-        raw = path.read_bytes()
-        sha.update(f"{path.name}|{len(raw)}|".encode() + raw)
-    return f"espeak-ng {version}, digest {sha.hexdigest()[:16]}"
+    return f"espeak-ng {version}, digest {content_digest(files)}"
 
 
 def speakers(variants: list[str], num_speakers: int) -> Iterator[Speaker]:

@@ -1,9 +1,12 @@
 """The Arrow client store: prepared once, memory-mapped by every host, checked as it is read.
 
 A store is a folder: ``data.arrow`` (Arrow IPC, one record batch a natural client, or pieces of a
-pool), ``index.arrow`` (a row a record batch: client, number of rows, SHA-256) and
-``manifest.json``. It is written under a temporary name and renamed when complete, so two processes
-that prepare the same store at once end with one good copy.
+pool), ``index.arrow`` (a row a record batch: client, number of rows, SHA-256, and the published
+split of its rows) and ``manifest.json``. It is written under a temporary name and renamed when
+complete, so two processes that prepare the same store at once end with one good copy.
+
+Whoever deals clients reads the index only, a host reads the record batches of its own clients:
+nobody needs memory, or time, for the data of all.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,17 +27,27 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from selffl_ray.datasets.base import Dataset, Group
+from selffl_ray.datasets.base import TRAIN, Dataset, Group
 from selffl_ray.errors import DataError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 POOL_PIECE = 8192
 """Rows of a record batch of a pool."""
 
 MOST_NAMED = 12
 """Files that a manifest names one by one."""
 
-COLUMNS = ["x", "y", "official"]
+COLUMNS = ["x", "y"]
+
+INDEX = pa.schema(
+    [
+        ("client_id", pa.string()),
+        ("num_rows", pa.int64()),
+        ("sha256", pa.string()),
+        ("official", pa.large_binary()),
+    ]
+)
+"""official: a byte a row, null where nothing is published."""
 
 BROKEN = (OSError, ValueError, TypeError, KeyError, pa.ArrowException)
 """What reading a file that is not as it was written may raise."""
@@ -56,6 +70,9 @@ class Manifest:
     x_shape: tuple[int, ...]
     y_shape: tuple[int, ...]
     digest: str
+    """Of the content: clients, examples and their order."""
+    index_sha256: str
+    """Of the file ``index.arrow``."""
 
 
 class Fetched(NamedTuple):
@@ -65,19 +82,46 @@ class Fetched(NamedTuple):
     y: Array
 
 
+class StoreProgress(NamedTuple):
+    """An event: how far the preparation of a store, or a look at all of it, is.
+
+    stage: ``preparing`` or ``checking``; done: record batches, total: of them at most, None if that
+    is not known before; finished: this was the last.
+    """
+
+    stage: str
+    done: int
+    total: int | None
+    num_rows: int
+    seconds: float
+    finished: bool
+
+
+Watch = Callable[[StoreProgress], None]
+
+
 def store_root() -> Path:
     """Folder of all stores: ``SELFFL_RAY_STORES``, or the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "selffl_ray"
     return Path(os.environ.get("SELFFL_RAY_STORES", default)).absolute()
 
 
-def prepare(dataset: Dataset, options: Any, source: str | None, seed: int, root: Path) -> Store:
+def prepare(
+    dataset: Dataset,
+    options: Any,
+    source: str | None,
+    seed: int,
+    root: Path,
+    *,
+    watch: Watch = lambda event: None,
+) -> Store:
     """Open the store of a data set, building it first if it is not there.
 
     Args:
         options: the set's config dataclass; other options are another store.
         source: where the files lie, as the configuration gives it.
         seed: used only by sets that draw their data with it.
+        watch: is told after each record batch that was written.
 
     Raises:
         DataError: files that are missing, truncated or not what they should be.
@@ -96,7 +140,9 @@ def prepare(dataset: Dataset, options: Any, source: str | None, seed: int, root:
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder = root / f"{dataset.name}-{key}"
     if not (folder / "manifest.json").exists():
-        _build(dataset, dataset.read(files, seed), made_with or _source(files), folder)
+        pieces = _pieces(dataset, dataset.read(files, seed))
+        total = dataset.num_groups(files) if dataset.num_groups else None
+        _build(dataset, _told(pieces, total, watch), made_with or _source(files), folder)
     return Store(folder)
 
 
@@ -111,7 +157,7 @@ def _build(dataset: Dataset, groups: Iterable[Group], source: str, folder: Path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _write(dataset, _pieces(dataset, groups), source, draft)
+        _write(dataset, groups, source, draft)
         try:
             draft.rename(folder)
         except OSError as error:
@@ -122,6 +168,18 @@ def _build(dataset: Dataset, groups: Iterable[Group], source: str, folder: Path)
                 ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _told(groups: Iterable[Group], total: int | None, watch: Watch) -> Iterator[Group]:
+    """The groups; each is told of when the next one is asked for, so when it is written."""
+    began, done, num_rows = time.monotonic(), 0, 0
+    for group in groups:
+        yield group
+        done, num_rows = done + 1, num_rows + len(group.y)
+        seconds = time.monotonic() - began
+        watch(StoreProgress("preparing", done, total, num_rows, seconds, finished=False))
+    seconds = time.monotonic() - began
+    watch(StoreProgress("preparing", done, done, num_rows, seconds, finished=True))
 
 
 def _pieces(dataset: Dataset, groups: Iterable[Group]) -> Iterator[Group]:
@@ -161,20 +219,24 @@ def _write(dataset: Dataset, groups: Iterable[Group], source: str, draft: Path) 
             {
                 "client_id": group.client_id,
                 "num_rows": len(group.y),
-                "sha256": _batch_digest(batch),
+                "sha256": _batch_digest(batch, _published(group.official, len(group.y))),
+                "official": None if group.official is None else group.official.tobytes(),
             }
         )
     if writer is None or first is None:
         raise DataError(f"{dataset.name}: no examples in {source or 'the source'}")
     writer.close()
-    table = pa.Table.from_pylist(index)
-    with pa.ipc.new_file(str(draft / "index.arrow"), table.schema) as out:
-        out.write_table(table)
-    manifest = _manifest(dataset, first, source, index)
+    path = draft / "index.arrow"
+    with pa.ipc.new_file(str(path), INDEX) as out:
+        out.write_table(pa.Table.from_pylist(index, INDEX))
+    sha = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest = _manifest(dataset, first, source, index, sha)
     (draft / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1))
 
 
-def _manifest(dataset: Dataset, first: Group, source: str, index: list[dict[str, Any]]) -> Manifest:
+def _manifest(
+    dataset: Dataset, first: Group, source: str, index: list[dict[str, Any]], index_sha256: str
+) -> Manifest:
     return Manifest(
         SCHEMA_VERSION,
         dataset.name,
@@ -186,6 +248,7 @@ def _manifest(dataset: Dataset, first: Group, source: str, index: list[dict[str,
         tuple(first.x.shape[1:]),
         tuple(first.y.shape[1:]),
         _store_digest([r["client_id"] for r in index], [r["sha256"] for r in index]),
+        index_sha256,
     )
 
 
@@ -195,9 +258,7 @@ def _store_digest(client_ids: Sequence[str], digests: Sequence[str]) -> str:
 
 
 def _record_batch(group: Group) -> pa.RecordBatch:
-    official = np.zeros(len(group.y), np.uint8) if group.official is None else group.official
-    arrays = [_column(group.x), _column(group.y), pa.array(official)]
-    return pa.RecordBatch.from_arrays(arrays, names=COLUMNS)
+    return pa.RecordBatch.from_arrays([_column(group.x), _column(group.y)], names=COLUMNS)
 
 
 def _column(values: Array) -> pa.Array:
@@ -208,12 +269,18 @@ def _column(values: Array) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(flat, int(np.prod(values.shape[1:])))
 
 
-def _batch_digest(batch: pa.RecordBatch) -> str:
+def _batch_digest(batch: pa.RecordBatch, official: npt.NDArray[np.uint8]) -> str:
+    """SHA-256 over the types, lengths and bytes of a record batch and of its published split."""
     sha = hashlib.sha256()
-    for column in batch.columns:
+    for column in (*batch.columns, pa.array(official)):
         sha.update(f"{column.type}|{len(column)}|".encode())
         sha.update(_flat(column).data)
     return sha.hexdigest()
+
+
+def _published(official: npt.NDArray[np.uint8] | None, num_rows: int) -> npt.NDArray[np.uint8]:
+    """The published split of so many rows; all TRAIN where nothing is published."""
+    return np.full(num_rows, TRAIN, np.uint8) if official is None else official
 
 
 def _flat(column: pa.Array) -> Array:
@@ -260,10 +327,15 @@ class Store:
     def official(self, batches: Iterable[int] | None = None) -> npt.NDArray[np.uint8]:
         """The published split of all rows, or of those of some record batches, in their order.
 
-        TRAIN, TEST, VAL or UNSEEN; only the record batches that are asked for are read and checked.
+        TRAIN, TEST, VAL or UNSEEN. It comes from the index: no example is read.
         """
         wanted = range(self.manifest.num_batches) if batches is None else batches
-        return np.concatenate([_flat(self._batch(i).column("official")) for i in wanted])
+        return np.concatenate([self._official(i) for i in wanted])
+
+    def _official(self, index: int) -> npt.NDArray[np.uint8]:
+        raw = self._index["official"][index].as_py()
+        num_rows = int(self.start_rows[index + 1] - self.start_rows[index])
+        return _published(None if raw is None else np.frombuffer(raw, np.uint8), num_rows)
 
     def read(self, rows: Rows) -> Fetched:
         """Copies of the given rows, in that order; the record batches they lie in are checked.
@@ -287,6 +359,19 @@ class Store:
             raise DataError(f"{self.folder}: asked for no rows")
         return Fetched(x, y)
 
+    def check(self, watch: Watch = lambda event: None) -> None:
+        """Read all of it and compare with what was written.
+
+        Raises:
+            DataError: the first record batch that is not as it was, named.
+        """
+        began, total = time.monotonic(), self.manifest.num_batches
+        for index in range(total):
+            self._batch(index)
+            done, num_rows = index + 1, int(self.start_rows[index + 1])
+            seconds = time.monotonic() - began
+            watch(StoreProgress("checking", done, total, num_rows, seconds, done == total))
+
     def _batch(self, index: int) -> pa.RecordBatch:
         try:
             batch = self._reader.get_batch(index)
@@ -309,7 +394,7 @@ class Store:
         return bool(
             batch.schema.names == COLUMNS
             and batch.num_rows == self._index["num_rows"][index].as_py()
-            and _batch_digest(batch) == self._index["sha256"][index].as_py()
+            and _batch_digest(batch, self._official(index)) == self._index["sha256"][index].as_py()
         )
 
 
@@ -325,12 +410,14 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _read_index(path: Path, manifest: Manifest) -> pa.Table:
-    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    table.validate(full=True)
-    digest = _store_digest(table["client_id"].to_pylist(), table["sha256"].to_pylist())
-    if (sum(table["num_rows"].to_pylist()), digest) != (manifest.num_rows, manifest.digest):
-        raise ValueError(f"{path.name} is not what was written")
-    return table
+    raw = pa.memory_map(str(path)).read_buffer()
+    if hashlib.sha256(raw).hexdigest() == manifest.index_sha256:
+        # Only now: Arrow may end the process over a file that was changed.
+        table = pa.ipc.open_file(raw).read_all()
+        digest = _store_digest(table["client_id"].to_pylist(), table["sha256"].to_pylist())
+        if (sum(table["num_rows"].to_pylist()), digest) == (manifest.num_rows, manifest.digest):
+            return table
+    raise ValueError(f"{path.name} is not what was written")
 
 
 def _remedy(folder: Path) -> str:

@@ -90,6 +90,7 @@ def synthetic_logistic(config: SyntheticLogisticConfig) -> Dataset:
         find=no_files,
         read=read,
         natural=True,
+        num_groups=lambda files: config.num_clients,
         depends_on_seed=True,
         defaults={"experiment": "synthetic_logistic", "model": {"name": "linear"}},
     )

@@ -36,6 +36,15 @@ def test_it_runs_with_nothing_but_its_name(name):
 
 
 @pytest.mark.parametrize("name", datasets.names())
+def test_a_number_of_groups_that_is_told_before_is_right(name):
+    found = prepared(name)
+    if found.dataset.num_groups is None:
+        pytest.skip(f"{name} does not tell it")
+    files = found.dataset.find(found.config.data.source)
+    assert found.dataset.num_groups(files) == found.store.manifest.num_batches
+
+
+@pytest.mark.parametrize("name", datasets.names())
 def test_stored_examples_have_the_shape_that_models_are_built_for(name):
     found = prepared(name)
     client = found.clients[0]

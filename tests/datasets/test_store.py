@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selffl_ray.datasets.base import TEST, TRAIN, Dataset, Group, no_files
+from selffl_ray.datasets.partition import NaturalConfig, natural
 from selffl_ray.datasets.store import POOL_PIECE, Store, prepare, store_root
 from selffl_ray.errors import ConfigError, DataError
 from selffl_ray.tasks import DataShape
@@ -125,6 +126,36 @@ def test_a_client_without_examples_keeps_its_place(tmp_path):
     store = prepare(made(groups), None, None, 0, tmp_path)
     assert store.client_ids == ["a", "empty", "c"]
     np.testing.assert_array_equal(store.read(np.asarray([4, 2])).x, together(groups)[0][[4, 2]])
+
+
+# -- how far it is ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("total", [None, 3, 5])
+def test_each_record_batch_is_told_of_when_it_is_written_and_when_it_is_checked(tmp_path, total):
+    given, told = [], []
+
+    def groups(seed):
+        for one in CLIENTS:
+            given.append(one)
+            yield one
+            assert len(told) == len(given)  # the last one is written before another is asked for
+
+    dataset = dataclasses.replace(made(groups), num_groups=total and (lambda files: total))
+    store = prepare(dataset, None, None, 0, tmp_path, watch=told.append)
+    rows = [5, 14, 16]
+    assert [e[:4] for e in told] == [
+        *(("preparing", k + 1, total, n) for k, n in enumerate(rows)),
+        ("preparing", 3, 3, 16),
+    ]
+    assert [e.finished for e in told] == [False] * 3 + [True]
+    told.clear()
+    again = prepare(dataset, None, None, 0, tmp_path, watch=told.append)
+    assert not told
+    again.check(told.append)
+    assert [e[:4] for e in told] == [("checking", k + 1, 3, n) for k, n in enumerate(rows)]
+    assert [e.finished for e in told] == [False, False, True]
+    assert store.folder == again.folder
 
 
 # -- identity -------------------------------------------------------------------------------------
@@ -272,8 +303,9 @@ def test_a_changed_example_is_noticed_and_its_client_named(store):
     with pytest.raises(DataError, match=r"record batch 1 \(client 'bert'\) is not what") as error:
         broken.read(np.asarray([14, 5]))
     assert remedy(store.folder) in str(error.value)
-    with pytest.raises(DataError, match="'bert'"):
-        broken.labels()
+    for look in (broken.labels, broken.check):
+        with pytest.raises(DataError, match="'bert'"):
+            look()
 
 
 @pytest.mark.parametrize("name", ["data.arrow", "index.arrow", "manifest.json"])
@@ -308,8 +340,8 @@ def test_a_folder_without_manifest_is_in_the_way_of_building_the_store(store):
 def test_another_schema_version_is_named(store):
     path = store.folder / "manifest.json"
     manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({**manifest, "schema_version": 2, "something_new": 1}))
-    with pytest.raises(DataError, match="schema version 2, this release reads 1") as error:
+    path.write_text(json.dumps({**manifest, "schema_version": 3, "something_new": 1}))
+    with pytest.raises(DataError, match="schema version 3, this release reads 2") as error:
         Store(store.folder)
     assert remedy(store.folder) in str(error.value)
 
@@ -371,7 +403,7 @@ def run_alone(script, *arguments):
 
 
 def test_no_changed_byte_is_ever_believed_or_ends_the_process(store):
-    expected = "data.arrow ['refused', 'the same']\nindex.arrow ['refused', 'the same']\n"
+    expected = "data.arrow ['refused', 'the same']\nindex.arrow ['refused']\n"
     assert run_alone(FLIP_EVERY_THIRD, store.folder) == expected
 
 
@@ -439,6 +471,89 @@ def test_reading_a_few_rows_costs_no_memory_of_the_size_of_the_store(tmp_path):
     few, every = (int(number) for number in run_alone(MEASURE, store.folder).split())
     assert few < 0.1 * whole
     assert every > 0.9 * whole
+
+
+def test_a_host_and_the_dealing_touch_no_other_client(tmp_path):
+    """What they do not read may be broken, and is refused only when somebody asks for it."""
+    sizes = [int(n) for n in np.random.default_rng(0).integers(3, 9, size=12)]
+    parts = [np.arange(n, dtype=np.uint8) % 2 for n in sizes]  # TRAIN and TEST in turn
+    groups = [
+        group(f"c{k}", n, official=part, seed=k)
+        for k, (n, part) in enumerate(zip(sizes, parts, strict=True))
+    ]
+    dataset = made(groups)
+    store = prepare(dataset, None, None, 0, tmp_path)
+    own = [2, 7]
+    path = store.folder / "data.arrow"
+    for k, other in enumerate(groups):
+        if k not in own:
+            flip(path, path.read_bytes().index(other.x.tobytes()))
+    store = Store(store.folder)
+
+    hands = natural(NaturalConfig(), dataset, store, 0)
+    np.testing.assert_array_equal(store.official(), np.concatenate(parts))
+    for k in own:
+        found = store.read(hands[k].rows)
+        np.testing.assert_array_equal(found.x, groups[k].x[parts[k] == TRAIN])
+        np.testing.assert_array_equal(found.y, groups[k].y[parts[k] == TRAIN])
+    for k in set(range(12)) - set(own):
+        with pytest.raises(DataError, match=f"'c{k}'"):
+            store.read(hands[k].test_rows)
+
+
+HOST = """
+import sys, numpy as np, pandas, torch  # pandas: Arrow imports it on first use
+from pathlib import Path
+from selffl_ray.client_data import ClientData
+from selffl_ray.datasets.base import Dataset, Group, no_files
+from selffl_ray.datasets.partition import NaturalConfig, natural
+from selffl_ray.datasets.splits import split_clients
+from selffl_ray.datasets.store import prepare
+from selffl_ray.messages import DataSpec
+from selffl_ray.registry import Component, datasets, register_dataset
+from selffl_ray.tasks import DataShape
+from selffl_ray.training import TrainingConfig
+
+datasets.names()  # imports them, as any run has before it reads data
+
+def pictures(files, seed):
+    rng = np.random.default_rng(0)
+    for k in range(1000):
+        yield Group(f"c{k}", rng.random((20, 784), np.float32), np.zeros(20, np.int64))
+
+@register_dataset("pictures", TrainingConfig)
+def make(config):
+    return Dataset(name="pictures", title="Pictures", licence="none", natural=True,
+                   shape=DataShape((784,), 10), find=no_files, read=pictures)
+
+def held():
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Rss:"):
+            return 1024 * int(line.split()[1])
+
+root, dataset, options = Path(sys.argv[1]), make(None), TrainingConfig()
+sizes = [held()]
+store = prepare(dataset, options, None, 0, root)
+sizes.append(held())
+hands = natural(NaturalConfig(), dataset, store, 0)
+clients = split_clients(hands, (0.6, 0.2, 0.2), 0.0, 0).clients
+sizes.append(held())
+spec = DataSpec(Component("pictures", options), None, 0, str(root), store.manifest.digest)
+ClientData(spec, {0: clients[0]}, torch.device("cpu"))  # libraries take memory on first use
+sizes.append(held())
+data = ClientData(spec, {k: clients[k] for k in range(0, 1000, 5)}, torch.device("cpu"))
+sizes.append(held())
+print(*np.diff(sizes), data.num_bytes, store.manifest.num_rows * 784 * 4)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux counts pages")
+def test_writing_and_dealing_take_no_memory_for_examples_and_a_host_its_own_clients(tmp_path):
+    wrote, dealt, _, host, own, whole = (int(n) for n in run_alone(HOST, tmp_path).split())
+    assert own == pytest.approx(0.2 * whole, rel=0.01)
+    assert wrote < 0.3 * whole
+    assert dealt < 0.1 * whole
+    assert 0.9 * own < host < 1.2 * own
 
 
 @pytest.mark.parametrize(("number", "shown"), [(2, "each"), (12, "each"), (13, "together")])
