@@ -4,7 +4,7 @@ Where a client is placed decides how many rows stand beside it. Its numbers must
 that a row's arithmetic sees may depend on that row and on run-wide constants only. Batched matrix
 products keep that promise for most shapes, some kernels only from two rows on, some not at all.
 Instead of trusting a list, :class:`RowEngine` tries each new shape once, with made-up numbers, at
-the heights 1, 2 and 5, and then runs that shape as it must be run.
+the heights 1, 2, 4 and 5, and then runs that shape as it must be run.
 
 Shape letters: C clients of a stack, P parameters, B examples of a batch, K outputs.
 """
@@ -110,7 +110,11 @@ class RowEngine:
 
     @torch.enable_grad()
     def _try_heights(self, batch_shape: tuple[int, ...]) -> Height:
-        """Compare row 0 alone, beside a copy, and among five, on made-up numbers."""
+        """Compare rows alone, beside a copy, and among several, on made-up numbers.
+
+        The last row is compared too, at an odd and at an even height: elementwise functions such as
+        tanh take whole vectors of numbers, and the rest at the end by another formula.
+        """
         rng = generator(0, "row heights")
         spec, shape = self.model.spec, self.model.shape
         theta_CP = torch.from_numpy(rng.normal(scale=0.1, size=(5, spec.num_params)))
@@ -118,18 +122,22 @@ class RowEngine:
         x_CB = _made_up_inputs(rng, (5, *batch_shape), shape.num_tokens)
         pull_CBK = torch.from_numpy(rng.normal(size=(5, batch_shape[0], shape.num_outputs)))
 
-        def row(pick: list[int]) -> list[Tensor]:
+        def rows(pick: list[int]) -> list[Tensor]:
             leaves = tuple(v.detach().requires_grad_() for v in spec.views(theta_CP[pick]))
             outputs = self.model.apply(leaves, x_CB[pick])
             pull = (outputs * pull_CBK[pick].to(outputs.dtype)).sum()
             grads = torch.autograd.grad(pull, leaves, materialize_grads=True)
-            return [outputs[0].detach(), *(g[0] for g in grads)]
+            return [outputs.detach(), *grads]
 
-        alone, beside, among = row([0]), row([0, 0]), row([0, 1, 2, 3, 4])
-        if not all(torch.equal(a, b) for a, b in zip(beside, among, strict=True)):
+        alone, pair, four, five = rows([0]), rows([0, 4]), rows([4, 3, 1, 0]), rows([0, 1, 2, 3, 4])
+
+        def same(one: list[Tensor], at: int, other: list[Tensor], there: int) -> bool:
+            return all(torch.equal(a[at], b[there]) for a, b in zip(one, other, strict=True))
+
+        first = same(pair, 0, five, 0) and same(pair, 0, four, 3)
+        if not (first and same(pair, 1, five, 4) and same(pair, 1, four, 0)):
             return Height.ONE
-        same = all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))
-        return Height.ANY if same else Height.PAIR
+        return Height.ANY if same(alone, 0, pair, 0) else Height.PAIR
 
 
 def _made_up_inputs(

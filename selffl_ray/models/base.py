@@ -6,6 +6,7 @@ outputs (C, B, K), where row c of the outputs depends on row c of the inputs onl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -46,8 +47,22 @@ def refuse_tokens(name: str, shape: DataShape) -> None:
     if shape.num_tokens is not None:
         raise ConfigError(
             f"model.name {name} needs features, but the examples are tokens out of "
-            f"{shape.num_tokens}; use textcnn"
+            f"{shape.num_tokens}; use textcnn or gru"
         )
+
+
+def channels_by_time(name: str, shape: DataShape) -> tuple[int, int]:
+    """Numbers of channels and of moments, of a model whose examples have time as their last axis.
+
+    Raises:
+        ConfigError: the examples have one axis only.
+    """
+    if len(shape.input_shape) < 2:
+        raise ConfigError(
+            f"model.name {name} needs examples (channels, time), but they have shape "
+            f"{shape.input_shape}; give raw signals (watch: data.features: raw) or use mlp"
+        )
+    return math.prod(shape.input_shape[:-1]), shape.input_shape[-1]
 
 
 ModuleFactory = Callable[[], nn.Module]

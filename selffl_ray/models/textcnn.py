@@ -26,6 +26,7 @@ from torch import Tensor
 from selffl_ray.errors import ConfigError
 from selffl_ray.flat import FlatParams, ParamSpec
 from selffl_ray.models.base import Leaves, Model
+from selffl_ray.models.cnn1d import conv_over_time
 from selffl_ray.models.mlp import dense_init, dense_spec, dense_stack
 from selffl_ray.registry import register_model
 from selffl_ray.tasks import DataShape
@@ -74,11 +75,7 @@ def textcnn(config: TextCNNConfig, shape: DataShape) -> Model:
         last = config.pool == "last"
         tokens_CBL = x[..., -config.kernel :] if last else F.pad(x, (0, config.kernel - 1))
         vectors_CBLE = _look_up(leaves[0], tokens_CBL)
-        windows = vectors_CBLE.unfold(2, config.kernel, 1).flatten(3)
-        rows, batch, count = windows.shape[:3]
-        flat = windows.reshape(rows, batch * count, inputs)
-        found = torch.baddbmm(leaves[2].unsqueeze(1), flat, leaves[1]).relu()
-        found_CBLH = found.view(rows, batch, count, config.channels)
+        found_CBLH = conv_over_time(vectors_CBLE, leaves[1], leaves[2]).relu()
         pooled = found_CBLH[:, :, 0] if last else _pool(config.pool, found_CBLH, x != 0)
         return dense_stack(leaves[3:], pooled)
 

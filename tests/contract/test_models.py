@@ -12,7 +12,10 @@ from selffl_ray.registry import Component, models
 from selffl_ray.tasks import CLASSIFICATION, DataShape
 
 SHAPE = DataShape((1, 16, 16), 5)
-SHAPES = {"textcnn": DataShape((12,), 5, num_tokens=30)}
+SHAPES = {
+    "textcnn": DataShape((12,), 5, num_tokens=30),
+    "gru": DataShape((12,), 5, num_tokens=30),
+}
 """Of models that do not take images."""
 OPTIONS = {"cnn": {"channels": (4, 6), "kernel": 3, "hidden": (16,)}}
 
