@@ -13,9 +13,14 @@ from selffl_ray.participation import plan_rounds
 from selffl_ray.training import TrainingConfig
 
 
+def of(num_clients):
+    """Examples of clients by name."""
+    return {f"client-{i:03d}": 30 + i for i in range(num_clients)}
+
+
 def cohorts(seed=0, num_clients=20, **options):
     config = TrainingConfig(**{"num_rounds": 6, "participation_rate": 0.5, **options})
-    return [plan.cohort.tolist() for plan in plan_rounds(seed, config, num_clients)]
+    return [plan.cohort.tolist() for plan in plan_rounds(seed, config, of(num_clients))]
 
 
 @settings(max_examples=60)
@@ -79,7 +84,7 @@ def test_every_client_is_asked_equally_often_in_the_long_run():
 
 def test_the_plan_carries_round_and_learning_rate_after_the_schedule():
     config = TrainingConfig(num_rounds=4, learning_rate=0.8, schedule="linear")
-    plans = plan_rounds(0, config, 5)
+    plans = plan_rounds(0, config, of(5))
     assert [plan.round_index for plan in plans] == [0, 1, 2, 3]
     assert [plan.learning_rate for plan in plans] == pytest.approx([0.8, 0.6, 0.4, 0.2])
     assert plans[0].cohort.dtype == np.int64

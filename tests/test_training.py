@@ -613,7 +613,9 @@ def test_number_of_local_steps_is_20_or_as_given_or_whole_passes():
 
 
 def test_rounds_and_participation_rate_shape_the_plan():
-    plans = plan_rounds(0, TrainingConfig(num_rounds=7, participation_rate=0.5), 10)
+    plans = plan_rounds(
+        0, TrainingConfig(num_rounds=7, participation_rate=0.5), dict.fromkeys("abcdefghij", 9)
+    )
     assert [len(plan.cohort) for plan in plans] == [5] * 7
 
 
