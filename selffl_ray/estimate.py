@@ -41,15 +41,15 @@ def estimate_run(prepared: Prepared, plan: PlacementPlan) -> list[str]:
         f"{federation.spec.num_params} parameters, stacks of {prepared.run_spec.stack_size}",
         f"traffic of the method {size(sent)}, data in the hosts {size(data)}",
         f"training about {duration(seconds)} on {workers} cores, besides start-up and evaluation",
-        *trouble_lines(prepared.plans),
+        *([found] if (found := trouble_line(prepared.plans)) else []),
     ]
 
 
-def trouble_lines(plans: Sequence[RoundPlan]) -> list[str]:
-    """What simulated trouble leaves of the cohorts; nothing where none is simulated."""
+def trouble_line(plans: Sequence[RoundPlan]) -> str:
+    """What simulated trouble leaves of the cohorts; empty where none is simulated."""
     found = [plan.trouble for plan in plans if plan.trouble is not None]
     if not found:
-        return []
+        return ""
     sizes = [len(plan.cohort) for plan in plans]
     names = ("there", "asked", "dropped", "late", "partial")
     counts = [
@@ -57,11 +57,11 @@ def trouble_lines(plans: Sequence[RoundPlan]) -> list[str]:
         for o in found
     ]
     means = ", ".join(f"{m:.1f} {n}" for n, m in zip(names, np.mean(counts, axis=0), strict=True))
-    return [
+    return (
         f"clients a round: {means}; {np.mean(sizes):.1f} answer ({min(sizes)} to {max(sizes)}, "
-        f"nobody in {sizes.count(0)} of {len(sizes)} rounds)",
-        f"virtual time {sum(o.virtual_s for o in found):.4g} s",
-    ]
+        f"nobody in {sizes.count(0)} of {len(sizes)} rounds); virtual time "
+        f"{sum(o.virtual_s for o in found):.4g} s"
+    )
 
 
 TRIAL_START_S = 3.0
@@ -100,7 +100,16 @@ def estimate_sweep(plan: SweepPlan, cpus: float) -> list[str]:
         f"{side_by_side} at once{more}",
         f"about {duration(seconds / side_by_side)} for training and starts, besides evaluation",
         f"about {side_by_side * actors * ACTOR_BYTES / 2**30:.1f} GiB for the actors",
+        *_troubles(plan),
     ]
+
+
+def _troubles(plan: SweepPlan) -> list[str]:
+    """The cohorts of each kind of simulated trouble, with the first seed."""
+    found: dict[str, list[str]] = {}
+    for one, prepared in zip(plan.chosen, plan.prepared, strict=True):
+        found.setdefault(trouble_line(prepared.plans), []).append(str(one.number))
+    return [f"{', '.join(of)}: {line}" for line, of in found.items() if line]
 
 
 def scheduler_lines(plan: SweepPlan) -> list[str]:
