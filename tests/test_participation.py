@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
+from selffl_ray.availability.diurnal import DiurnalConfig
 from selffl_ray.config import load_config
 from selffl_ray.errors import ConfigError
 from selffl_ray.experiment import prepare_experiment
@@ -264,7 +265,8 @@ def test_only_clients_that_are_there_are_asked_and_all_of_them_if_too_few(tmp_pa
     path.write_text("client_id,first_round,last_round\nclient-003,0,9\nclient-005,1,1\n")
     plans = troubled(TroubleConfig(trace=str(path)), num_rounds=3)
     assert [plan.cohort.tolist() for plan in plans] == [[3], [3, 5], [3]]
-    both = TroubleConfig(trace=str(path), availability=Component("diurnal"))
+    seldom = Component("diurnal", DiurnalConfig(mean=0.3, amplitude=0.1))
+    both = TroubleConfig(trace=str(path), availability=seldom)
     found = [plan.cohort.tolist() for plan in troubled(both, num_rounds=10)]
     assert [cohort for cohort in found[:1] + found[2:] if cohort not in ([], [3])] == []
     assert found.count([]) > 1

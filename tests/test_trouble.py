@@ -13,12 +13,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from selffl_ray.api import Interrupt, run_experiment
 from selffl_ray.availability.diurnal import DiurnalConfig, diurnal, probability
 from selffl_ray.availability.markov import MarkovConfig, markov
 from selffl_ray.availability.trace import traced
 from selffl_ray.config import load_config
-from selffl_ray.errors import ConfigError, DataError
+from selffl_ray.errors import CheckpointError, ConfigError, DataError, RunError
+from selffl_ray.experiment import prepare_experiment
 from selffl_ray.registry import Component, availabilities
+from selffl_ray.run_loop import Progress
 from selffl_ray.trouble import (
     DropoutConfig,
     StragglersConfig,
@@ -284,3 +287,108 @@ def test_no_trouble_is_told_from_some():
     ):
         assert not some.is_none
         assert some.keeps_away
+
+
+# -- whole runs ------------------------------------------------------------------------------------
+
+RUN = (
+    "placement.backend=local",
+    "tracking.enabled=false",
+    "training.num_rounds=12",
+    "training.num_local_steps=4",
+    "training.participation_rate=0.6",
+    "checkpoint.every=4",
+    "evaluation.every=12",
+    "method=fedavg",
+    "model.hidden=[4]",
+    "training.trouble={availability: {name: markov, mean_up: 3, mean_down: 3}, "
+    "stragglers: {spread: 0.9, jitter: 0.3}, dropout: {probability: 0.2}, deadline: 6, "
+    "over_selection: 1.4, late: partial}",
+)
+
+
+def test_who_was_asked_who_dropped_and_who_was_late_stands_in_the_tables(tmp_path):
+    config = load_config(None, RUN)
+    prepared = prepare_experiment(config)
+    result = run_experiment(config, output=tmp_path / "run")
+    rounds, rows = result.rounds, result.participation
+    assert [*rows] == ["round_index", "client_id", "outcome", "num_local_steps", "virtual_s"]
+    assert set(rows["outcome"]) == {"answered", "partial", "late", "dropped"}
+    for plan in prepared.plans:
+        found, own = plan.trouble, rows[rows["round_index"] == plan.round_index]
+        assert own["client_id"].tolist() == [prepared.client_ids[i] for i in found.asked]
+        assert own["outcome"].tolist() == found.outcome.tolist()
+        assert own["num_local_steps"].tolist() == found.steps.tolist()
+        np.testing.assert_array_equal(own["virtual_s"], found.ends_s)
+        row = rounds.loc[plan.round_index]
+        for word in ("partial", "late", "dropped"):
+            assert row[word] == row[f"clients/{word}"] == (own["outcome"] == word).sum()
+        assert (row["asked"], row["available"]) == (len(own), found.num_available)
+        assert row["participants"] == own["outcome"].isin(["answered", "partial"]).sum()
+        assert row["virtual_s"] == found.virtual_s
+    np.testing.assert_allclose(rounds["cost/virtual_s"], rounds["virtual_s"].cumsum())
+    final = result.summary["final"]
+    assert final["cost/virtual_s"] == pytest.approx(
+        sum(p.trouble.virtual_s for p in prepared.plans)
+    )
+
+
+def test_without_trouble_the_tables_know_none(tmp_path):
+    plain = [s for s in RUN if "trouble" not in s]
+    result = run_experiment(load_config(None, plain), output=tmp_path / "run")
+    assert not (tmp_path / "run" / "participation.parquet").exists()
+    assert result.participation.empty
+    assert not [name for name in result.rounds if "virtual" in name or "late" in name]
+
+
+def test_a_run_under_trouble_goes_on_to_the_same_rounds_and_tables(tmp_path):
+    config = load_config(None, RUN)
+    straight = run_experiment(config, output=tmp_path / "straight")
+    interrupt = Interrupt()
+
+    def after_five(event):
+        if isinstance(event, Progress) and event.round_index == 4:
+            interrupt.set()
+
+    half = run_experiment(config, output=tmp_path / "run", watch=after_five, interrupt=interrupt)
+    assert half.summary["status"] == "STOPPED"
+    whole = run_experiment(config, resume=tmp_path / "run")
+    pd.testing.assert_frame_equal(whole.participation, straight.participation)
+    names = [n for n in straight.rounds if "digest" in n or "virtual" in n or "clients/" in n]
+    pd.testing.assert_frame_equal(whole.rounds[names], straight.rounds[names])
+
+
+def test_a_trace_that_has_changed_is_noticed_when_a_run_goes_on(tmp_path):
+    path = tmp_path / "stays.csv"
+    rows = [f"form-{i:02d},0,{i}" for i in range(14)]
+    path.write_text("\n".join(["client_id,first_round,last_round", *rows]) + "\n")
+    config = load_config(None, [*RUN[:-1], f"training.trouble.trace={path}"])
+    whole = run_experiment(config, output=tmp_path / "run")
+    assert whole.rounds["available"].tolist() == list(range(14, 2, -1))
+    assert run_experiment(config, resume=tmp_path / "run").summary["rounds"] == 12
+    path.write_text(path.read_text().replace("form-13,0,13", "form-13,0,4"))
+    with pytest.raises(CheckpointError, match=r"belongs to another run: .* or the trace differ"):
+        run_experiment(config, resume=tmp_path / "run")
+
+
+MISBEHAVING = (
+    *RUN[:5],
+    "plugins=[tests.runtime.misbehaving]",
+    "faults.min_participants=1.0",
+    "faults.max_retries=0",
+    "training.trouble={dropout: {probability: 0.6}}",
+)
+
+
+def test_who_drops_out_by_simulation_is_no_fault(tmp_path):
+    """All that are left must answer, and do; then one of them fails in earnest."""
+    calm = load_config(None, [*MISBEHAVING, "method=misbehaving"])
+    rounds = run_experiment(calm, output=tmp_path / "calm").rounds
+    assert rounds["faults"].sum() == 0
+    assert rounds["dropped"].sum() > 0.3 * rounds["asked"].sum()
+    plan = prepare_experiment(calm).plans[0]
+    left, first = len(plan.cohort), f"form-{plan.cohort[0]:02d}"
+    bad = load_config(None, [*MISBEHAVING, f"method={{name: misbehaving, raising: [{first}]}}"])
+    with pytest.raises(RunError, match=f"round 0: only {left - 1} of {left} clients answered"):
+        run_experiment(bad, output=tmp_path / "bad")
+    assert left < plan.num_asked
