@@ -20,6 +20,10 @@ A round, in this order:
 What drops out or is late changes no state, neither the server's nor the client's: to the method it
 was not asked. A round that nobody answers leaves everything as it is.
 
+Partial work cuts every loop of local steps of a method at the same number, one whose length the
+method has planned by itself (Self-FL's early stop) too; what a client predicts with is read out
+with all of its steps, since that is not part of a round.
+
 Virtual time counts the round's local steps by the training options: what a method computes beside
 them, or leaves out, does not change it, or trouble would differ between methods.
 """

@@ -182,7 +182,7 @@ def test_a_trace_says_when_each_client_is_there(tmp_path, kind):
         frame = pd.DataFrame(rows, columns=["client_id", "first_round", "last_round"])
         frame[["last_round", "client_id", "first_round"]].to_parquet(path)
     np.testing.assert_array_equal(traced(path, ["007", "b", "c"], 6), by_hand())
-    # Rounds that the run does not reach are no error.
+    # Rounds that the run does not reach are no error, however many.
     np.testing.assert_array_equal(traced(path, ["007", "b", "c"], 2), by_hand()[:, :2])
 
 
@@ -194,7 +194,10 @@ def test_a_trace_says_when_each_client_is_there(tmp_path, kind):
         (STAYS + "b,4,3\n", r"row 3: rounds 4 to 3 of client 'b' are no stay"),
         (STAYS + "b,-1,3\n", r"row 3: rounds -1 to 3 of client 'b' are no stay"),
         (STAYS + "B,4,4\n", r"names clients that do not take part: B; "),
-        (STAYS + "bb,4,4\n", r"do not take part: bb \(did you mean 'b'\?\)"),
+        (
+            STAYS + "bb,4,4\n",
+            r"do not take part: bb \(did you mean 'b'\?\); their names are as in '007'",
+        ),
         (STAYS + "b,soon,4\n", "is not a readable trace .*soon"),
         (STAYS + "b,4,\n", "row 3: last_round is empty"),
         (STAYS + "b,4\n", "is not a readable trace"),
@@ -207,6 +210,12 @@ def test_a_trace_that_is_wrong_is_refused_with_place_and_value(tmp_path, text, m
     path.write_text(text)
     with pytest.raises(DataError, match=rf"training\.trouble\.trace: .*{message}"):
         traced(path, ["007", "b"], 6)
+
+
+def test_a_stay_without_end_ends_with_the_run(tmp_path):
+    path = tmp_path / "stays.csv"
+    path.write_text(f"client_id,first_round,last_round\na,2,{2**63 - 1}\n")
+    assert traced(path, ["a"], 4).tolist() == [[False, False, True, True]]
 
 
 def test_a_trace_that_is_not_there_or_no_table_is_refused(tmp_path):

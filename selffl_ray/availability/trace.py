@@ -110,9 +110,9 @@ def traced(path: Path, client_ids: Sequence[str], num_rounds: int) -> npt.NDArra
         more = ", ..." if len(strange) > SHOWN else ""
         raise DataError(
             f"{WHERE}: {path} names clients that do not take part: "
-            f"{', '.join(strange[:SHOWN])}{more}{nearest(strange[0], client_ids)}; `selffl data "
-            "describe` lists them"
+            f"{', '.join(strange[:SHOWN])}{more}{nearest(strange[0], client_ids)}; their "
+            f"names are as in {client_ids[0]!r}"
         )
     for name, first, last in zip(*trace, strict=True):
-        there_MR[index[name], first : last + 1] = True
+        there_MR[index[name], int(first) : int(last) + 1] = True
     return there_MR
