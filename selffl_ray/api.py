@@ -66,6 +66,11 @@ class Result:
         """One row a client, parameter group and round; empty for other methods than Self-FL."""
         return self._table("uncertainty")
 
+    @property
+    def participation(self) -> pd.DataFrame:
+        """One row a client asked and round; empty unless trouble is simulated."""
+        return self._table("participation")
+
     def _table(self, name: str) -> pd.DataFrame:
         path = self.folder / f"{name}.parquet"
         return pd.read_parquet(path) if path.exists() else pd.DataFrame()

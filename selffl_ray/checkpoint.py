@@ -220,8 +220,8 @@ def check_checkpoint(path: Path, run_digest: str) -> dict[str, Any]:
     head = _read_head(path)
     if head["run_digest"] != run_digest:
         raise CheckpointError(
-            f"{path} belongs to another run: method, data, partition or training differ from the "
-            "configuration; resume with the run's own config.yaml"
+            f"{path} belongs to another run: method, data, partition, training or the trace differ "
+            "from the configuration; resume with the run's own config.yaml"
         )
     for name, sha in head["files"].items():
         if not (path / name).is_file() or _sha256(path / name) != sha:

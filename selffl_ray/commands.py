@@ -120,7 +120,7 @@ def _dry_run(config: ExperimentConfig, say: Say) -> int:
     prepared = prepare_experiment(config)
     say.out(to_yaml(config))
     plan = placement_of(prepared, _nodes())
-    cautions = [f"caution: {caution}" for caution in prepared.algorithm.cautions]
+    cautions = [f"caution: {caution}" for caution in prepared.cautions]
     for line in (*cautions, *plan.describe(), *estimate_run(prepared, plan)):
         say.out(f"# {line}")
     return 0

@@ -40,7 +40,7 @@ from selffl_ray.registry import (
 )
 from selffl_ray.runtime.placement import PlacementConfig
 from selffl_ray.tracking import TrackingConfig, resolve_uri
-from selffl_ray.training import TrainingConfig
+from selffl_ray.training_config import TrainingConfig
 
 Raw = dict[str, Any]
 Value = TypeVar("Value")
@@ -211,13 +211,14 @@ def parse_config(raw: Raw, folder: Path) -> ExperimentConfig:
     config = parse_part(ExperimentConfig, _under(raw, dataset.defaults), "")
     usual = dataset.defaults.get("evaluation", {}).get("splits", USUAL_SPLITS)
     splits = config.evaluation.splits or tuple(usual)
+    training = _absolute(config.training, "start_from", folder)
     tracking = config.tracking
     if tracking.uri is not None:
         tracking = dataclasses.replace(tracking, uri=resolve_uri(tracking, folder))
     return dataclasses.replace(
         config,
         evaluation=dataclasses.replace(config.evaluation, splits=splits),
-        training=_absolute(config.training, "start_from", folder),
+        training=_absolute(training, "trouble.trace", folder),
         data=_absolute(config.data, "source", folder),
         tracking=tracking,
     )
@@ -238,11 +239,12 @@ def _load_plugins(names: Any, folder: Path) -> None:
 
 
 def _absolute(part: Value, name: str, folder: Path) -> Value:
+    name, _, below = name.partition(".")
     value = getattr(part, name)
     if value is None:
         return part
-    path = folder / Path(value).expanduser()
-    return dataclasses.replace(part, **{name: str(path)})  # type: ignore[type-var]
+    path = _absolute(value, below, folder) if below else str(folder / Path(value).expanduser())
+    return dataclasses.replace(part, **{name: path})  # type: ignore[type-var]
 
 
 def _under(raw: Raw, defaults: Mapping[str, Any]) -> Raw:

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from selffl_ray import trees
 from selffl_ray.algorithms.base import (
+    NOTHING,
     Alarm,
     Algorithm,
     Federation,
     Gather,
     Mean,
     NotAvailable,
+    Record,
     Reports,
     Total,
     UncertaintyRows,
@@ -30,7 +32,7 @@ from selffl_ray.evaluation import ClientScores, split_metrics
 from selffl_ray.faults import Abort, FaultsConfig, Retry, decide, named
 from selffl_ray.flat import digest
 from selffl_ray.messages import Commit, Split
-from selffl_ray.participation import RoundPlan
+from selffl_ray.participation import DROPPED, LATE, PARTIAL, RoundPlan
 from selffl_ray.pool import ClientPool, RoundAnswers
 from selffl_ray.tasks import Task
 
@@ -100,11 +102,10 @@ def run_rounds(
     """
     for plan in run.plans[first_round:]:
         began = time.perf_counter()
-        message = run.algorithm.broadcast(server, plan)
-        answers = _ask_cohort(run, plan, message)
-        run.pool.accept(Commit(plan.round_index, answers.accepted))
-        server, sums, reports = _reduce(run, server, plan, answers)
-        server, record = run.algorithm.aggregate(server, sums, reports)
+        answers, record = RoundAnswers({}, {}, {}, []), NOTHING
+        # Of a cohort that simulated trouble has left empty nobody is asked, and nothing changes.
+        if len(plan.cohort):
+            answers, server, record = _train(run, server, plan)
         gradient_steps += sum(answers.gradients.values())
         metrics = dict(record.metrics)
         metrics |= {alarm.metric: float(alarm.text is not None) for alarm in record.alarms}
@@ -123,6 +124,16 @@ def run_rounds(
         if plan.round_index in run.evaluation.rounds:
             evaluate(run, done)
         yield done
+
+
+def _train(run: Run, server: Any, plan: RoundPlan) -> tuple[RoundAnswers, Any, Record]:
+    """One round of a cohort: its answers, the next server, and what the aggregation tells."""
+    message = run.algorithm.broadcast(server, plan)
+    answers = _ask_cohort(run, plan, message)
+    run.pool.accept(Commit(plan.round_index, answers.accepted))
+    server, sums, reports = _reduce(run, server, plan, answers)
+    server, record = run.algorithm.aggregate(server, sums, reports)
+    return answers, server, record
 
 
 def _ask_cohort(run: Run, plan: RoundPlan, message: tuple[Any, Any]) -> RoundAnswers:
@@ -178,14 +189,30 @@ def _round_metrics(
     num = run.federation.num_examples_M[answers.accepted]
     loss = np.asarray([answers.loss[i] for i in answers.accepted.tolist()])
     return {
-        "train/loss": float((num * loss).sum() / num.sum()),
+        **({"train/loss": float((num * loss).sum() / num.sum())} if count else {}),
+        **_trouble_metrics(plan),
         "time/train_s": answers.seconds,
         # Whoever is asked is sent the model; who fails sends nothing back.
-        "comm/bytes_down": float(traffic.down * width * len(plan.cohort)),
+        "comm/bytes_down": float(traffic.down * width * plan.num_asked),
         "comm/bytes_up": float(traffic.up * width * count),
         "cost/gradient_steps": float(gradient_steps),
         "clients/participants": float(count),
         "clients/faults": float(answers.faults),
+    }
+
+
+def _trouble_metrics(plan: RoundPlan) -> dict[str, float]:
+    """What simulated trouble did; nothing where none is simulated."""
+    found = plan.trouble
+    if found is None:
+        return {}
+    return {
+        "clients/available": float(found.num_available),
+        "clients/asked": float(len(found.asked)),
+        "clients/dropped": float(found.count(DROPPED)),
+        "clients/late": float(found.count(LATE)),
+        "clients/partial": float(found.count(PARTIAL)),
+        "time/virtual_s": found.virtual_s,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from selffl_ray.console import duration, size
 from selffl_ray.experiment import Prepared
 from selffl_ray.gradients import RowEngine
+from selffl_ray.participation import DROPPED, LATE, PARTIAL, RoundPlan
 from selffl_ray.runtime.placement import ACTOR_BYTES, PlacementPlan
 from selffl_ray.sweep_mutation import legs, replaced
 from selffl_ray.sweep_plan import SweepPlan
@@ -21,11 +23,13 @@ from selffl_ray.tasks import REGRESSION
 def estimate_run(prepared: Prepared, plan: PlacementPlan) -> list[str]:
     """Lines for a person. Time is extrapolated from one gradient step tried here."""
     training, federation = prepared.config.training, prepared.federation
-    cohorts = [plan_.cohort for plan_ in prepared.plans]
     steps = num_steps(prepared)
     traffic = [prepared.algorithm.traffic(p) for p in prepared.plans]
     width = torch.empty(0, dtype=federation.spec.dtype).element_size()
-    sent = sum((t.down + t.up) * width * len(c) for t, c in zip(traffic, cohorts, strict=True))
+    sent = sum(
+        (t.down * p.num_asked + t.up * len(p.cohort)) * width
+        for t, p in zip(traffic, prepared.plans, strict=True)
+    )
     # Each actor computes with one thread, and all of them together on the cores that they share.
     cores = max(1, round(sum(a.cpus for a in plan.actors)))
     workers = min(len(plan.actors), cores)
@@ -37,7 +41,27 @@ def estimate_run(prepared: Prepared, plan: PlacementPlan) -> list[str]:
         f"{federation.spec.num_params} parameters, stacks of {prepared.run_spec.stack_size}",
         f"traffic of the method {size(sent)}, data in the hosts {size(data)}",
         f"training about {duration(seconds)} on {workers} cores, besides start-up and evaluation",
+        *([found] if (found := trouble_line(prepared.plans)) else []),
     ]
+
+
+def trouble_line(plans: Sequence[RoundPlan]) -> str:
+    """What simulated trouble leaves of the cohorts; empty where none is simulated."""
+    found = [plan.trouble for plan in plans if plan.trouble is not None]
+    if not found:
+        return ""
+    sizes = [len(plan.cohort) for plan in plans]
+    names = ("there", "asked", "dropped", "late", "partial")
+    counts = [
+        (o.num_available, len(o.asked), o.count(DROPPED), o.count(LATE), o.count(PARTIAL))
+        for o in found
+    ]
+    means = ", ".join(f"{m:.1f} {n}" for n, m in zip(names, np.mean(counts, axis=0), strict=True))
+    return (
+        f"clients a round: {means}; {np.mean(sizes):.1f} answer ({min(sizes)} to {max(sizes)}, "
+        f"nobody in {sizes.count(0)} of {len(sizes)} rounds); virtual time "
+        f"{sum(o.virtual_s for o in found):.4g} s"
+    )
 
 
 TRIAL_START_S = 3.0
@@ -76,7 +100,16 @@ def estimate_sweep(plan: SweepPlan, cpus: float) -> list[str]:
         f"{side_by_side} at once{more}",
         f"about {duration(seconds / side_by_side)} for training and starts, besides evaluation",
         f"about {side_by_side * actors * ACTOR_BYTES / 2**30:.1f} GiB for the actors",
+        *_troubles(plan),
     ]
+
+
+def _troubles(plan: SweepPlan) -> list[str]:
+    """The cohorts of each kind of simulated trouble, with the first seed."""
+    found: dict[str, list[str]] = {}
+    for one, prepared in zip(plan.chosen, plan.prepared, strict=True):
+        found.setdefault(trouble_line(prepared.plans), []).append(str(one.number))
+    return [f"{', '.join(of)}: {line}" for line, of in found.items() if line]
 
 
 def scheduler_lines(plan: SweepPlan) -> list[str]:
@@ -110,7 +143,12 @@ def num_steps(prepared: Prepared) -> int:
     """Local steps of all clients over the whole run; readouts and probes aside."""
     training = prepared.config.training
     steps_M = np.asarray([training.steps(int(n)) for n in prepared.federation.num_examples_M])
-    return int(sum(steps_M[plan.cohort].sum() for plan in prepared.plans))
+    return int(
+        sum(
+            steps_M[plan.cohort].sum() if plan.trouble is None else plan.trouble.steps.sum()
+            for plan in prepared.plans
+        )
+    )
 
 
 def step_seconds(prepared: Prepared) -> float:

@@ -52,8 +52,8 @@ class JobRunner:
         """
         with _warnings_as_messages(control):
             prepared = prepare_experiment(job.config())
-            for caution in prepared.algorithm.cautions:
-                control.emit(Message(f"method {prepared.config.method.name}: {caution}"))
+            for caution in prepared.cautions:
+                control.emit(Message(caution))
             pool = self._pool_for(prepared, plan, label, job.plugin_folder)
             data = (prepared.store.manifest.digest, prepared.partition.digest)
             if data != self._loaded:

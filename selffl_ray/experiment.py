@@ -24,7 +24,7 @@ from selffl_ray.flat import ParamSpec
 from selffl_ray.messages import DataSpec, RunSpec, Split
 from selffl_ray.models.base import Model
 from selffl_ray.models.build import build_model, start_params
-from selffl_ray.participation import RoundPlan, plan_rounds
+from selffl_ray.participation import RoundPlan, plan_rounds, trouble_cautions
 from selffl_ray.registry import algorithms, datasets, partitioners
 from selffl_ray.seeding import generator
 
@@ -61,6 +61,13 @@ class Prepared:
         return [c.client_id for c in self.clients]
 
     @property
+    def cautions(self) -> tuple[str, ...]:
+        """What is void or dear about the run, a sentence each."""
+        method, name = self.algorithm.cautions, self.config.method.name
+        trouble = trouble_cautions(self.config.training, self.plans)
+        return (*(f"method {name}: {text}" for text in method), *trouble)
+
+    @property
     def work(self) -> list[float]:
         """Predicted work of each client a round, in padded examples."""
         training = self.config.training
@@ -92,7 +99,7 @@ def prepare_experiment(config: ExperimentConfig) -> Prepared:
         model=model,
         federation=federation,
         algorithm=algorithms.make(config.method, federation),
-        plans=plan_rounds(config.seed, config.training, federation.num_clients),
+        plans=plan_rounds(config.seed, config.training, federation.examples_of),
         evaluation=_evaluation_plan(config, federation, partition, dataset.task.score_name),
         data_spec=DataSpec(
             config.data.component,

@@ -277,6 +277,7 @@ class ClientHost:
             self._spec.seed,
             plan.round_index,
             plan.learning_rate,
+            plan.most_steps(members),
         )
 
     def _state_rows(self, members: Sequence[int]) -> Any:

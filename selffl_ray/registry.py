@@ -151,6 +151,9 @@ partitioners = Registry("partitioner", "data.partition.name", "selffl_ray.datase
 intra_estimators = Registry("intra-client estimator", "method.intra", "selffl_ray.estimators.intra")
 server_optimizers = Registry("server optimizer", "method.server", "selffl_ray.algorithms.server")
 inter_estimators = Registry("inter-client estimator", "method.inter", "selffl_ray.estimators.inter")
+availabilities = Registry(
+    "availability law", "training.trouble.availability", "selffl_ray.availability"
+)
 
 register_algorithm = algorithms.register
 register_dataset = datasets.register
@@ -159,6 +162,7 @@ register_partitioner = partitioners.register
 register_intra_estimator = intra_estimators.register
 register_inter_estimator = inter_estimators.register
 register_server_optimizer = server_optimizers.register
+register_availability = availabilities.register
 
 
 def load_plugins(modules: Iterable[str], folder: str) -> None:

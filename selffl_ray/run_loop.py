@@ -20,7 +20,7 @@ from selffl_ray.driver import RoundRecord, Run, evaluate, run_rounds
 from selffl_ray.errors import RunError
 from selffl_ray.experiment import Prepared, write_params
 from selffl_ray.flat import digest
-from selffl_ray.participation import RoundPlan
+from selffl_ray.participation import RoundPlan, plan_digest
 from selffl_ray.pool import ClientPool, HostLost, StateLostError
 from selffl_ray.run_writer import RunWriter, changed
 from selffl_ray.runtime.actors import Control
@@ -62,6 +62,9 @@ def run_digest(prepared: Prepared, schedule: Sequence[Mapping[str, Any]] = ()) -
     """
     text = json.dumps(run_identity(prepared.config), sort_keys=True)
     past = [json.dumps(list(schedule), sort_keys=True)] if changed(schedule) else []
+    # A trace is a file, and may have changed since.
+    if prepared.config.training.simulates:
+        past.append(plan_digest(prepared.plans))
     return digest([], [text, prepared.store.manifest.digest, prepared.partition.digest, *past])
 
 
@@ -170,6 +173,8 @@ class RunLoop:
             record.metrics["clients/faults"] += self._lost_clients.get(last_round, 0)
             self._reached = max(self._reached, last_round)
             stop.take(record.metrics, time.monotonic() - began)
+            if self._prepared.config.training.simulates:
+                record.metrics["cost/virtual_s"] = stop.virtual_s
             if stop.enough and not record.scores:
                 # What the run ends with is what it is judged by.
                 evaluate(self._run, record)

@@ -8,6 +8,7 @@ completion order and retries therefore cannot change a draw.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -43,3 +44,17 @@ def generator(
 def torch_seed(seed: int, purpose: str, round_index: int = 0, client_id: str = "") -> int:
     """Seed in [0, 2**63) for code that can only be seeded through torch."""
     return stream_key(seed, purpose, round_index, client_id) & (2**63 - 1)
+
+
+def client_draws(
+    seed: int,
+    purpose: str,
+    client_ids: Sequence[str],
+    draw: Callable[[np.random.Generator], np.ndarray],
+) -> np.ndarray:
+    """A row of draws for each client, from a stream of its own: (M, ...).
+
+    For draws over all rounds: ``rng.random(num_rounds)`` gives a longer run the beginning of a
+    shorter one.
+    """
+    return np.stack([draw(generator(seed, purpose, client_id=name)) for name in client_ids])

@@ -26,6 +26,8 @@ class StopConfig:
     """End after the round in which so many gradients were computed in all (readouts aside)."""
     bytes: int | None = None
     """End after the round in which the method has sent so many bytes in all, both ways."""
+    virtual_s: float | None = None
+    """End after the round in which so much simulated time has passed (see training.trouble)."""
 
     def __post_init__(self) -> None:
         if not self.metric.startswith("val/"):
@@ -37,8 +39,10 @@ class StopConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"training.stop.{name} must be >= 1, got {value}")
-        if self.seconds is not None and not self.seconds > 0:
-            raise ConfigError(f"training.stop.seconds must be > 0, got {self.seconds}")
+        for name in ("seconds", "virtual_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"training.stop.{name} must be > 0, got {value}")
 
 
 def seconds_of(row: Mapping[str, Any]) -> float:
@@ -49,6 +53,11 @@ def seconds_of(row: Mapping[str, Any]) -> float:
 def bytes_of(row: Mapping[str, Any]) -> float:
     """What a method would send over a network in a round, both ways."""
     return float(row["comm/bytes_down"] + row["comm/bytes_up"])
+
+
+def virtual_of(row: Mapping[str, Any]) -> float:
+    """Simulated time that a round took; 0 where none is simulated."""
+    return float(row.get("time/virtual_s", 0.0))
 
 
 class StopRule:
@@ -68,6 +77,7 @@ class StopRule:
         self._best = -np.inf
         self._since = 0
         self._bytes = 0.0
+        self.virtual_s = 0.0
         self.enough = False
         seconds = 0.0
         for row in past:
@@ -75,7 +85,7 @@ class StopRule:
             self.take(row, seconds)
 
     def take(self, metrics: Mapping[str, Any], seconds: float) -> None:
-        """Judge a round; ``enough`` says whether it was the last one."""
+        """Judge a round; ``enough`` says whether it was the last one, ``virtual_s`` adds up."""
         config, value = self._config, metrics.get(self._config.metric)
         if config.seconds is not None and seconds >= config.seconds:
             self.enough = True
@@ -84,6 +94,9 @@ class StopRule:
             self.enough = True
         self._bytes += bytes_of(metrics)
         if config.bytes is not None and self._bytes >= config.bytes:
+            self.enough = True
+        self.virtual_s += virtual_of(metrics)
+        if config.virtual_s is not None and self.virtual_s >= config.virtual_s:
             self.enough = True
         if value is None:
             return

@@ -99,14 +99,18 @@ class BudgetConfig:
     """Each trial ends after the round in which it has computed so many gradients."""
     bytes: int | None = None
     """Each trial ends after the round in which its method has sent so many bytes, both ways."""
+    virtual_s: float | None = None
+    """Each trial ends after the round in which so much simulated time has passed."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "trials", "gradient_steps", "bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"budget.{name} must be >= 1, got {value}")
-        if self.seconds is not None and not 0 < self.seconds < math.inf:
-            raise ConfigError(f"budget.seconds must be > 0, got {self.seconds}")
+        for name in ("seconds", "virtual_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"budget.{name} must be > 0, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,7 +319,7 @@ def configure(
         apply_value(raw, key, copy.deepcopy(settings[key]))
     raw |= {"experiment": sweep.experiment, "seed": seed}
     apply_value(raw, "evaluation.score_test", open_test)
-    for cost in ("gradient_steps", "bytes"):
+    for cost in ("gradient_steps", "bytes", "virtual_s"):
         most = getattr(sweep.budget, cost)
         if most is not None:
             apply_value(raw, f"training.stop.{cost}", most)

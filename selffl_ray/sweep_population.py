@@ -46,7 +46,7 @@ from selffl_ray.sweep_mutation import Copy, decide, legs, mutations
 from selffl_ray.sweep_results import ENDED, FAILURE
 from selffl_ray.sweep_search import MOST_CORNERS
 from selffl_ray.tables import TABLES, write_json
-from selffl_ray.training import CHANGEABLE
+from selffl_ray.training_config import CHANGEABLE
 
 LOG = "population.json"
 FEWEST = 2
@@ -121,6 +121,10 @@ def _check_options(sweep: SweepConfig) -> None:
         ),
         "budget.bytes": (
             budget.bytes is not None,
+            "compares its trials after the same rounds; bound them with training.num_rounds",
+        ),
+        "budget.virtual_s": (
+            budget.virtual_s is not None,
             "compares its trials after the same rounds; bound them with training.num_rounds",
         ),
     }

@@ -1,6 +1,6 @@
 """A run's folder: configuration, environment, tables and summary, each written whole or not at all.
 
-The three tables are kept in memory and rewritten to Parquet under a temporary name that is renamed,
+The tables are kept in memory and rewritten to Parquet under a temporary name that is renamed,
 so a reader never sees half a file. Column names are those of the contract.
 """
 
@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 
 from selffl_ray.driver import RoundRecord
 from selffl_ray.evaluation import ClientScores
+from selffl_ray.participation import Outcome
 
-TABLES = ("rounds", "clients", "uncertainty")
+TABLES = ("rounds", "clients", "uncertainty", "participation")
 """Names of a run's tables, each a Parquet file."""
 
 FLUSH_SECONDS = 10.0
@@ -36,10 +37,16 @@ ALIASES = {
     "bytes_up": "comm/bytes_up",
     "participants": "clients/participants",
     "faults": "clients/faults",
+    "available": "clients/available",
+    "asked": "clients/asked",
+    "dropped": "clients/dropped",
+    "late": "clients/late",
+    "partial": "clients/partial",
+    "virtual_s": "time/virtual_s",
 }
 """Columns of ``rounds.parquet`` that repeat a metric under a plain name."""
 
-COUNTS = {"bytes_down", "bytes_up", "participants", "faults"}
+COUNTS = {name for name in ALIASES if not name.endswith("_s")}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -56,7 +63,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class RunTables:
-    """``rounds``, ``clients`` and ``uncertainty`` of one run.
+    """``rounds``, ``clients``, ``uncertainty`` and ``participation`` of one run.
+
+    The last one is there where trouble is simulated: a row a client that was asked.
 
     Args:
         folder: the run's folder.
@@ -71,6 +80,7 @@ class RunTables:
         self._rounds: list[dict[str, Any]] = []
         self._clients: list[pa.Table] = []
         self._uncertainty: list[pa.Table] = []
+        self._participation: list[pa.Table] = []
         self._flushed = time.monotonic()
 
     def restore(self, last_round: int) -> None:
@@ -85,6 +95,7 @@ class RunTables:
         self._rounds = [{k: v for k, v in row.items() if v is not None} for row in rows]
         self._clients = [kept["clients"]] if "clients" in kept else []
         self._uncertainty = [kept["uncertainty"]] if "uncertainty" in kept else []
+        self._participation = [kept["participation"]] if "participation" in kept else []
 
     def add(self, record: RoundRecord) -> None:
         """Take in a finished round; writes when the last writing is some time ago."""
@@ -100,6 +111,10 @@ class RunTables:
             self._clients.append(self._client_rows(record.plan.round_index, split, scores))
         if record.uncertainty is not None:
             self._uncertainty.append(self._uncertainty_rows(record))
+        if record.plan.trouble is not None:
+            self._participation.append(
+                self._asked_rows(record.plan.round_index, record.plan.trouble)
+            )
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
@@ -132,6 +147,16 @@ class RunTables:
             columns[name] = _nullable(getattr(found, name), np.ones(rows, bool))
         return pa.table(columns)
 
+    def _asked_rows(self, round_index: int, found: Outcome) -> pa.Table:
+        columns = {
+            "round_index": pa.array(np.full(len(found.asked), round_index, np.int64)),
+            "client_id": pa.array(self._ids[found.asked].tolist(), pa.string()),
+            "outcome": pa.array(found.outcome.tolist(), pa.string()),
+            "num_local_steps": pa.array(found.steps),
+            "virtual_s": pa.array(found.ends_s, mask=np.isnan(found.ends_s)),
+        }
+        return pa.table(columns)
+
     def flush(self) -> None:
         """Write all tables."""
         self._flushed = time.monotonic()
@@ -140,7 +165,11 @@ class RunTables:
             names.sort(key=lambda n: (n != "round_index", "/" in n, n))
             columns = {n: [row.get(n) for row in self._rounds] for n in names}
             self._write("rounds", pa.table(columns))
-        for name, parts in (("clients", self._clients), ("uncertainty", self._uncertainty)):
+        for name, parts in (
+            ("clients", self._clients),
+            ("uncertainty", self._uncertainty),
+            ("participation", self._participation),
+        ):
             if parts:
                 table = pa.concat_tables(parts)
                 parts[:] = [table]

@@ -12,116 +12,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from selffl_ray.errors import ConfigError
 from selffl_ray.flat import ParamSpec
 from selffl_ray.gradients import RowEngine
 from selffl_ray.seeding import generator
-from selffl_ray.stopping import StopConfig
 
-Schedule = Literal["constant", "linear", "cosine", "step"]
-
-CHANGEABLE = (
-    "learning_rate",
-    "num_local_steps",
-    "num_local_epochs",
-    "batch_size",
-    "momentum",
-    "weight_decay",
-    "clip_norm",
-)
-"""Options that may change between rounds: each round's local training begins afresh."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How every client trains, whatever the method."""
-
-    num_rounds: int = 30
-    participation_rate: float = 1.0
-    """Share of the clients asked in a round, in (0, 1]; at least one is."""
-    batch_size: int = 20
-    learning_rate: float = 0.3
-    num_local_steps: int | None = None
-    """SGD steps a round; 20 if neither this nor num_local_epochs is given."""
-    num_local_epochs: int | None = None
-    """Passes over the client's own data a round, instead of a number of steps."""
-    sampling: Literal["epoch", "replacement"] = "epoch"
-    """Batches cut from a fresh permutation each epoch (the last one may be short), or drawn with
-    replacement (always full)."""
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    clip_norm: float | None = None
-    """Largest Euclidean norm of a client's gradient; null is no clipping."""
-    schedule: Schedule = "constant"
-    """Learning rate over rounds: constant, falling linearly or as a half cosine to 0, or a tenth
-    after half and again after three quarters of the rounds."""
-    start_from: str | None = None
-    """safetensors file with the start of the global model, as the run's models/ folder has it."""
-    stop: StopConfig = field(default_factory=StopConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("num_rounds", "batch_size", "num_local_steps", "num_local_epochs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"training.{name} must be >= 1, got {value}")
-        if self.num_local_steps is not None and self.num_local_epochs is not None:
-            raise ConfigError(
-                f"training.num_local_steps ({self.num_local_steps}) and num_local_epochs "
-                f"({self.num_local_epochs}) exclude each other; keep one"
-            )
-        if self.num_local_steps is None and self.num_local_epochs is None:
-            object.__setattr__(self, "num_local_steps", 20)
-        if not 0 < self.participation_rate <= 1:
-            raise ConfigError(
-                f"training.participation_rate must lie in (0, 1], got {self.participation_rate}"
-            )
-        if not 0 < self.learning_rate < math.inf:
-            raise ConfigError(
-                f"training.learning_rate must be > 0, got {self.learning_rate}; usual values are "
-                "0.01 to 0.3"
-            )
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"training.momentum must lie in [0, 1), got {self.momentum}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ConfigError(f"training.weight_decay must be >= 0, got {self.weight_decay}")
-        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise ConfigError(
-                f"training.clip_norm must be > 0, got {self.clip_norm}; null switches it off"
-            )
-
-    def rate(self, round_index: int) -> float:
-        """Learning rate of a round under the schedule."""
-        done = round_index / self.num_rounds
-        factor = {
-            "constant": 1.0,
-            "linear": 1.0 - done,
-            "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
-            "step": 0.1 ** ((done >= 0.5) + (done >= 0.75)),
-        }[self.schedule]
-        return self.learning_rate * factor
-
-    def steps(self, num_examples: int) -> int:
-        """Local steps a round of a client with that many training examples."""
-        if self.num_local_epochs is None:
-            assert self.num_local_steps is not None
-            return self.num_local_steps
-        return self.num_local_epochs * math.ceil(num_examples / self.batch_size)
-
-    def batch_length(self, num_examples: int) -> int:
-        """Rows of a client's padded batch: a constant of the client, whatever its neighbours.
-
-        The batch size, or for a client that never fills one the next power of two.
-        """
-        if self.sampling == "replacement" or num_examples >= self.batch_size:
-            return self.batch_size
-        return min(self.batch_size, 1 << max(0, num_examples - 1).bit_length())
+# Whoever trains a stack needs both: its home is there, and it is a name of this module too.
+from selffl_ray.training_config import TrainingConfig as TrainingConfig  # noqa: PLC0414
 
 
 class Rows(NamedTuple):
@@ -155,7 +58,8 @@ class Stack:
 
     client_ids: C names; train: their training examples; engine: the model on its device;
     learning_rate: this round's, after the schedule; batch_length: padded length of a batch, the
-    same for all clients of a stack (see :meth:`TrainingConfig.batch_length`).
+    same for all clients of a stack (see :meth:`TrainingConfig.batch_length`); most_steps: steps
+    after which each client must stop in any of its loops, where simulated time is short.
     """
 
     client_ids: tuple[str, ...]
@@ -166,6 +70,7 @@ class Stack:
     seed: int
     round_index: int
     learning_rate: float
+    most_steps: tuple[int, ...] | None = None
 
     @property
     def num_clients(self) -> int:
@@ -179,8 +84,14 @@ class Stack:
 
     @property
     def num_steps_C(self) -> Tensor:
-        """Steps a round by the training options: (C,) int64."""
-        return torch.tensor([self.training.steps(int(n)) for n in self.train.num_C])
+        """Steps a round by the training options, as far as time allows: (C,) int64."""
+        return self.in_time(torch.tensor([self.training.steps(int(n)) for n in self.train.num_C]))
+
+    def in_time(self, steps_C: Tensor) -> Tensor:
+        """So many steps, or those that each client has the time for."""
+        if self.most_steps is None:
+            return steps_C
+        return torch.minimum(steps_C, torch.tensor(self.most_steps))
 
 
 class Batch(NamedTuple):
@@ -326,7 +237,8 @@ def local_sgd(
 
     Args:
         start: (P,) for all, or (C, P); not changed.
-        steps_C: (C,) steps of each client; the training options' by default.
+        steps_C: (C,) steps of each client; the training options' by default. Fewer are made where
+            time is short: ``Trained.num_steps_C`` says how many.
         rate_C: learning rate, one or (C,); this round's by default.
         stream: name of the batch stream; the same name gives two methods the same batches.
         trainable: (P,) bool; other coordinates keep their values, and their gradient does not
@@ -344,7 +256,7 @@ def local_sgd(
     extra_grad), clipping, weight decay, momentum; momentum starts from 0 in every call.
     """
     config, count = stack.training, stack.num_clients
-    steps_C = stack.num_steps_C if steps_C is None else steps_C.to(torch.int64)
+    steps_C = stack.num_steps_C if steps_C is None else stack.in_time(steps_C.to(torch.int64))
     theta_CP = start.expand(count, -1).clone()
     rate = stack.learning_rate if rate_C is None else rate_C
     # Not by way of float32, which would cost a float64 model its last digits.

@@ -40,6 +40,7 @@ from selffl_ray.console import (
 )
 from selffl_ray.datasets.store import StoreProgress
 from selffl_ray.errors import RunError
+from selffl_ray.experiment import prepare_experiment
 from selffl_ray.registry import (
     algorithms,
     datasets,
@@ -563,6 +564,26 @@ def test_a_dry_run_prints_configuration_plan_and_estimate_and_starts_nothing(
     assert comments[0].startswith("# 14 client actors for 14 clients (at most 1 each), 0.1357 CPU")
     assert f"7 rounds, {7 * 14 * 20} local steps in all, model of 4810 parameters" in said.out
     assert any(line.startswith("# training about ") for line in comments)
+
+
+def test_a_dry_run_tells_what_simulated_trouble_leaves_and_costs(
+    selffl, nothing_starts, monkeypatch
+):
+    """All 14 take 20 s; those that drop out are told from the plan itself."""
+    monkeypatch.setattr(commands, "this_machine", lambda: [Node("here", 2.0, 0.0, 2**34)])
+    trouble = ("training.num_rounds=7", "training.trouble={dropout: {probability: 0.5}}")
+    said = selffl("run", "--dry-run", *sets(*trouble, "training.trouble.deadline=25"))
+    assert said.code == 0
+    sizes = [len(plan.cohort) for plan in prepare_experiment(load_config(None, trouble)).plans]
+    mean = sum(sizes) / 7
+    assert min(sizes) < 14
+    assert (
+        f"# clients a round: 14.0 there, 14.0 asked, {14 - mean:.1f} dropped, 0.0 late, "
+        f"0.0 partial; {mean:.1f} answer ({min(sizes)} to {max(sizes)}, nobody in 0 "
+        f"of 7 rounds); virtual time {7 * 20} s\n"
+    ) in said.out
+    assert f"7 rounds, {sum(sizes) * 20} local steps in all" in said.out
+    assert "# caution: training.trouble.deadline (25) is never passed" in said.out
 
 
 def test_a_dry_run_refuses_what_the_run_would(selffl, nothing_starts, monkeypatch):

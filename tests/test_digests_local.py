@@ -75,6 +75,21 @@ def test_hosts_and_stacks_do_not_change_a_bit_when_clients_make_unequal_numbers_
     assert_same_bits_everywhere(settings, [(3, 1), (7, 20)])
 
 
+@pytest.mark.parametrize("method", ["selffl", "scaffold", "fedprox", "ditto"])
+def test_hosts_and_stacks_do_not_change_a_bit_under_simulated_trouble(method):
+    """Clients of a stack are cut at different steps, and some rounds have few of them."""
+    trouble = "dropout: {probability: 0.3}, stragglers: {spread: 1.0}, deadline: 7, late: partial"
+    settings = (
+        *DIGITS,
+        "training.num_local_steps=8",
+        f"method={method}",
+        f"training.trouble={{{trouble}}}",
+    )
+    steps = {k for plan in prepared_with(*settings).plans for k in plan.trouble.steps.tolist()}
+    assert len(steps) > 4
+    assert_same_bits_everywhere(settings, [(3, 1), (7, 20), (14, 3)])
+
+
 @pytest.mark.parametrize("inter", ["moments", "reml"])
 @pytest.mark.parametrize("intra", intra_estimators.names())
 def test_hosts_and_stacks_do_not_change_a_bit_of_an_intra_estimator(intra, inter):

@@ -21,8 +21,8 @@ NAME = PACKAGE.name
 
 LAYERS = {
     0: "flat hierarchy seeding errors trees",
-    1: "tasks training stopping gradients evaluation participation registry datasets models "
-    "estimators",
+    1: "tasks training training_config stopping trouble availability gradients evaluation "
+    "participation registry datasets models estimators",
     2: "algorithms",
     3: "messages client_data host pool faults driver",
     4: "runtime tracking checkpoint tables config",

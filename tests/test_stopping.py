@@ -103,3 +103,30 @@ def test_a_run_that_a_budget_ends_is_evaluated_at_its_end(method, tmp_path):
     assert final["test/local_accuracy"] > 0.2
     assert result.rounds["test/local_accuracy"].notna().tolist() == [False, False, True]
     assert set(result.clients["round_index"]) == {2}
+
+
+def test_a_budget_of_virtual_time_adds_up_rounds_and_those_before():
+    rows = [{**row, "time/virtual_s": 20.0} for row in scores(0.1, 0.1, 0.1, 0.1)]
+    assert reached(StopConfig(virtual_s=60.0), rows) == 2
+    assert reached(StopConfig(virtual_s=61.0), rows) == 3
+    past = [{**row, "time/round_s": 1.0} for row in rows[:2]]
+    rule = StopRule(StopConfig(virtual_s=60.0), past, higher_is_better=True)
+    assert (rule.enough, rule.virtual_s) == (False, 40.0)
+    rule.take(rows[2], 3.0)
+    assert (rule.enough, rule.virtual_s) == (True, 60.0)
+
+
+def test_a_run_that_virtual_time_ends_goes_on_to_the_same_round(tmp_path):
+    """5 steps of the median client's second each: 5 virtual seconds a round, trouble or none."""
+    settings = ("method=fedavg", "training.num_rounds=9", "training.stop.virtual_s=14")
+    config = load_config(None, [*SMALL, *settings])
+    result = run_experiment(config, output=tmp_path / "run")
+    assert result.rounds["virtual_s"].tolist() == [5.0, 5.0, 5.0]
+    assert result.rounds["cost/virtual_s"].tolist() == [5.0, 10.0, 15.0]
+    assert run_experiment(config, resume=result.folder).summary["rounds"] == 3
+
+
+@pytest.mark.parametrize("most", [0.0, -1.0])
+def test_no_virtual_time_at_all_is_refused(most):
+    with pytest.raises(ConfigError, match=f"training.stop.virtual_s must be > 0, got {most}"):
+        StopConfig(virtual_s=most)

@@ -115,13 +115,13 @@ def test_the_first_stage_seals_test_data_and_new_clients(tmp_path):
         assert len(evaluation.new_index) == new
 
 
-@pytest.mark.parametrize("cost", ["gradient_steps", "bytes"])
+@pytest.mark.parametrize("cost", ["gradient_steps", "bytes", "virtual_s"])
 def test_a_budget_of_cost_reaches_every_trial(cost, tmp_path):
     sweep = sweep_of({"method.kappa": [0.5]}, budget={cost: 100})
     (only,) = trials(sweep, configurations(sweep, tmp_path), [0], tmp_path, open_test=False)
     stop = only.config.training.stop
-    given = {name: getattr(stop, name) for name in ("gradient_steps", "bytes")}
-    assert given == {"gradient_steps": None, "bytes": None, cost: 100}
+    given = {name: getattr(stop, name) for name in ("gradient_steps", "bytes", "virtual_s")}
+    assert given == {"gradient_steps": None, "bytes": None, "virtual_s": None, cost: 100}
 
 
 def test_the_reference_is_named_by_its_settings_or_the_first(tmp_path):
@@ -264,6 +264,7 @@ def test_a_wrong_sweep_is_one_line_before_anything_starts(space, more, message, 
         ({"searcher": {"name": "optuna", "trials": 20, "batch": 0}}, "searcher.batch must be >= 1"),
         ({"budget": {"samples": 0}}, "budget.samples must be >= 1, got 0"),
         ({"budget": {"seconds": -1.0}}, "budget.seconds must be > 0, got -1.0"),
+        ({"budget": {"virtual_s": 0.0}}, "budget.virtual_s must be > 0, got 0.0"),
         ({"budget": {"time": 3}}, "budget.time: unknown key"),
         ({"concurrent": 0}, "concurrent must be >= 1, got 0"),
         ({"actors_per_trial": 0}, "actors_per_trial must be >= 1, got 0"),
@@ -342,6 +343,7 @@ def test_what_is_called_idle_changes_no_bit_of_models_and_scores(settings, optio
     ("settings", "option", "value"),
     [
         (("training.participation_rate=0.5",), "discount", 0.9),
+        (("training.trouble.dropout.probability=0.5",), "discount", 0.9),
         ((), "curvature", 0.1),
         ((), "readout_rate", 0.5),
         (("method.personalization=interpolate",), "readout_steps", 3),

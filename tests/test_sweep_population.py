@@ -78,6 +78,10 @@ ONE_RATE = {"training.learning_rate": {"loguniform": [0.01, 1.0]}}
             {"budget": {"samples": 4, "bytes": 9}},
             "budget.bytes: scheduler pbt compares its trials after the same rounds",
         ),
+        (
+            {"budget": {"samples": 4, "virtual_s": 9.0}},
+            "budget.virtual_s: scheduler pbt compares its trials after the same rounds",
+        ),
         ({"budget": {}}, "scheduler: pbt needs a population, and the space has 1 configuration"),
         (
             {"base": {"training": {"num_rounds": 6, "stop": {"patience": 2}}}},

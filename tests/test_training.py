@@ -618,7 +618,9 @@ def test_number_of_local_steps_is_20_or_as_given_or_whole_passes():
 
 
 def test_rounds_and_participation_rate_shape_the_plan():
-    plans = plan_rounds(0, TrainingConfig(num_rounds=7, participation_rate=0.5), 10)
+    plans = plan_rounds(
+        0, TrainingConfig(num_rounds=7, participation_rate=0.5), dict.fromkeys("abcdefghij", 9)
+    )
     assert [len(plan.cohort) for plan in plans] == [5] * 7
 
 
@@ -699,3 +701,22 @@ def test_a_wrong_training_option_is_named_with_its_value(options, message):
 def test_a_wrong_stop_option_is_named_with_its_value(options, message):
     with pytest.raises(ConfigError, match=message):
         StopConfig(**options)
+
+
+# -- steps that time allows ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", ["epoch", "replacement"])
+def test_a_client_short_of_time_makes_the_first_steps_of_its_round_and_no_more(sampling):
+    training = TrainingConfig(num_local_steps=9, batch_size=4, momentum=0.5, sampling=sampling)
+    stack = stack_of(CLIENTS, training)
+    start, most = start_of(stack), tuple(range(1, len(CLIENTS) + 1))
+    short = replace(stack, most_steps=most)
+    assert short.num_steps_C.tolist() == list(most)
+    found = local_sgd(short, start=start)
+    wanted = local_sgd(stack, start=start, steps_C=torch.tensor(most))
+    assert torch.equal(found.params_CP, wanted.params_CP)
+    assert found.num_steps_C.tolist() == list(most)
+    # Steps that a method plans by itself are cut at the same number, never made longer.
+    planned = local_sgd(short, start=start, steps_C=torch.full((len(CLIENTS),), 2))
+    assert planned.num_steps_C.tolist() == [min(2, k) for k in most]

@@ -15,7 +15,7 @@ from analysis.report.store import Store, StoredRun, nearest
 from analysis.report.summary import RowSummary, Summary, summarize
 from selffl_ray.errors import UsageError
 
-SCENE_PARAMS = (*SECTION_PARAMS, "model.", "training.participation_rate")
+SCENE_PARAMS = (*SECTION_PARAMS, "model.", "training.participation_rate", "training.trouble.")
 """Beginnings of the parameters that all methods of a scene share; the others belong to methods."""
 REFERENCES = "selffl"
 """Labels that begin so are references where none is named."""

@@ -54,6 +54,11 @@ class Federation:
     known: KnownVariances | None = None
 
     @property
+    def examples_of(self) -> dict[str, int]:
+        """Training examples of those that take part, by name, in index order."""
+        return dict(zip(self.client_ids, self.num_examples_M.tolist(), strict=True))
+
+    @property
     def num_clients(self) -> int:
         """M."""
         return len(self.client_ids)

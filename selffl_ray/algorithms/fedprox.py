@@ -6,8 +6,9 @@ x <- sum_i (n_i / n) y_i over the clients that answered. The personalized model 
 or with ``personal_model: local`` what the client's own last local update left.
 
 Deviations: the source draws clients with probability n_i / n and takes the plain mean; here all
-clients are drawn alike, so their models are weighted by n_i. All clients do all of their steps, as
-nobody is a straggler. ``personal_model: local`` is not in the source.
+clients are drawn alike, so their models are weighted by n_i. All clients do all of their steps,
+except with ``training.trouble.late: partial``, which is the source's partial work of stragglers.
+``personal_model: local`` is not in the source.
 
 A client with ``personal_model: local`` that never took part, new ones among them, predicts after
 one local update from the global model.

@@ -137,6 +137,11 @@ def _strength(config: L2GDConfig, federation: Federation, probability: float) ->
             f"training.participation_rate must be 1 with method l2gd, got "
             f"{training.participation_rate}: each pull needs the mean of all models"
         )
+    if training.trouble.keeps_away:
+        raise ConfigError(
+            "training.trouble must leave every client in every round with method l2gd, since each "
+            "pull needs the mean of all models; set stragglers only, or take another method"
+        )
     odds = (1 - probability) / probability
     if training.learning_rate * config.pull * odds > 1:
         raise ConfigError(

@@ -158,6 +158,11 @@ def test_a_wrong_option_is_named(options, message):
             "participation_rate=0.5",
             "participation_rate must be 1 with method l2gd, go",
         ),
+        (
+            "pull: 0.1",
+            "trouble.deadline=30",
+            "training.trouble must leave every client in every rou",
+        ),
         ("pull: 1.0", "num_local_steps=20", r"must be <= 1 .* got 0.3 \* 1.0 \* 19; lower pull"),
         ("pull: 0.1", "num_local_steps=1", "method.communication: one local step a round on avera"),
     ],

@@ -174,7 +174,7 @@ def idle(config: SelfFLConfig, training: TrainingConfig) -> dict[str, str]:
     def add(why: str, *names: str) -> None:
         found.update((name, found.get(name, why)) for name in names)
 
-    if training.participation_rate == 1:
+    if training.everybody_trains:
         add("every client takes part in every round", "discount")
     if config.contraction is not None:
         add("contraction is given", "curvature", "max_contraction")

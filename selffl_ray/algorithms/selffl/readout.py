@@ -109,6 +109,7 @@ def realise(
         observe=observe_tail if watched else None,
         seen=start_tail(start_CP, stack.num_clients, squares=squares) if watched else None,
     )
+    steps_C = trained.num_steps_C
     ends_CP = tail_mean(trained.seen, steps_C) if averaged else trained.params_CP
     params_CP = ends_CP
     if config.personalization == "interpolate":
