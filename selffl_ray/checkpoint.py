@@ -25,6 +25,7 @@ from safetensors.numpy import load_file, save_file
 from selffl_ray import trees
 from selffl_ray.errors import CheckpointError, ConfigError
 from selffl_ray.messages import StateRows
+from selffl_ray.whole import sync
 
 SCHEMA_VERSION = 1
 BLOCK = 64
@@ -81,9 +82,7 @@ def save_checkpoint(
         OSError: it could not be written; the checkpoints before it are as they were.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(".round_*"):
-        # Of a process that was killed while it wrote.
-        shutil.rmtree(left_over, ignore_errors=True)
+    tidy(folder, keep)
     previous = latest_checkpoint(folder)
     target = folder / f"round_{counters.round_index}"
     draft = folder / f".round_{counters.round_index}.{os.getpid()}"
@@ -98,11 +97,17 @@ def save_checkpoint(
         _sync(draft)
         shutil.rmtree(target, ignore_errors=True)
         draft.rename(target)
+        sync(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    for old in _folders(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    tidy(folder, keep)
     return target
+
+
+def tidy(folder: Path, keep: int) -> None:
+    """Drop the oldest checkpoints beyond ``keep``, and what a killed process left half-written."""
+    for left_over in (*folder.glob(".round_*"), *_folders(folder)[:-keep]):
+        shutil.rmtree(left_over, ignore_errors=True)
 
 
 def copy_checkpoint(source: Path, folder: Path, run_digest: str) -> Path:
@@ -283,6 +288,6 @@ def _sha256(file: Path) -> str:
 
 def _sync(folder: Path) -> None:
     """Have the files on disk before the folder gets its name."""
-    for file in folder.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
+    for file in sorted(folder.iterdir()):
+        sync(file)
+    sync(folder)

@@ -14,7 +14,13 @@ import numpy as np
 import torch
 
 from selffl_ray.algorithms.base import NotAvailable
-from selffl_ray.checkpoint import Counters, latest_checkpoint, load_checkpoint, save_checkpoint
+from selffl_ray.checkpoint import (
+    Counters,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    tidy,
+)
 from selffl_ray.config import ExperimentConfig, to_raw
 from selffl_ray.driver import RoundRecord, Run, evaluate, run_rounds
 from selffl_ray.errors import RunError
@@ -139,6 +145,7 @@ class RunLoop:
         """The newest checkpoint's state in server and hosts, or the start."""
         algorithm, spec = self._prepared.algorithm, self._prepared.run_spec
         start_P = torch.from_numpy(np.array(spec.start_params))
+        tidy(self._checkpoints, self._prepared.config.checkpoint.keep)
         path = latest_checkpoint(self._checkpoints)
         self._all_states_next = True
         if path is None:

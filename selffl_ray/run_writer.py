@@ -19,6 +19,7 @@ from selffl_ray.errors import ConfigError
 from selffl_ray.experiment import Prepared
 from selffl_ray.runtime.placement import PlacementPlan
 from selffl_ray.tables import (
+    TABLES,
     RunTables,
     final_metrics,
     selected_round,
@@ -26,11 +27,17 @@ from selffl_ray.tables import (
     write_text,
 )
 from selffl_ray.tracking import MLflowTracker, NoTracker, RunInfo, Tracker
+from selffl_ray.whole import remove_drafts
 
 logger = logging.getLogger(__name__)
 
 SCHEDULE = "schedule.json"
 """In the folder of a run whose options may change on its way."""
+FILES = (
+    *("config.yaml", SCHEDULE, "environment.json", "summary.json", "tracking.json"),
+    *(f"{name}.parquet" for name in TABLES),
+)
+"""What lies in a run's folder, beside its checkpoints and models."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class RunWriter:
         self.schedule = job.schedule
         self.tables = RunTables(self.folder, prepared.client_ids, prepared.dataset.task.score_name)
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_drafts(self.folder, FILES)
         write_text(self.folder / "config.yaml", to_yaml(config))
         if self.schedule:
             write_json(self.folder / SCHEDULE, list(self.schedule))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 from selffl_ray.driver import RoundRecord
 from selffl_ray.evaluation import ClientScores
 from selffl_ray.participation import Outcome
+from selffl_ray.whole import write_whole
 
 TABLES = ("rounds", "clients", "uncertainty", "participation")
 """Names of a run's tables, each a Parquet file."""
@@ -51,10 +51,7 @@ COUNTS = {name for name in ALIASES if not name.endswith("_s")}
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole: under a temporary name that is renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    write_whole(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -176,11 +173,8 @@ class RunTables:
                 self._write(name, table)
 
     def _write(self, name: str, table: pa.Table) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.parquet"
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        pq.write_table(table, draft)
-        draft.replace(path)
+        write_whole(path, lambda draft: pq.write_table(table, draft))
 
     def rows(self) -> list[Mapping[str, Any]]:
         """A row for each round, in order; what was not measured is absent."""

@@ -950,13 +950,14 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_after_the_round_and_the_printed_command_ends_like_an_uninterrupted_run(
-    selffl, tmp_path, uninterrupted
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_signal_ends_after_the_round_and_the_printed_command_ends_like_an_uninterrupted_run(
+    selffl, tmp_path, uninterrupted, number
 ):
     folder = tmp_path / "a run"
     process = start(folder, *LONG)
     wait_for(folder / "checkpoints" / "round_9", process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopping after this round (again to stop at once)" in err
