@@ -13,6 +13,7 @@ from ray.exceptions import RayError, RayTaskError
 from selffl_ray.errors import PlacementError, RunError, SelfFLError
 from selffl_ray.pool import ClientPool, HostLost, StateLostError
 from selffl_ray.runtime.actors import ClientActor
+from selffl_ray.runtime.cluster import await_nodes
 from selffl_ray.runtime.placement import ActorPlan, PlacementPlan
 
 logger = logging.getLogger(__name__)
@@ -145,6 +146,7 @@ class RayTransport:
             old = self._actors[host]
             if old is not None:
                 ray.kill(old, no_restart=True)
+        await_nodes({self.where[host]["node"] for host in hosts if self.where[host]})
         lost = self._start(list(hosts))
         if lost:
             raise StateLostError(lost)
