@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,11 +29,21 @@ from selffl_ray.algorithms.base import (
 )
 from selffl_ray.errors import RunError
 from selffl_ray.evaluation import ClientScores, split_metrics
-from selffl_ray.faults import Abort, FaultsConfig, Retry, decide, named
+from selffl_ray.events import Event, Whereabouts, client_failed, host_was_slow, named
+from selffl_ray.faults import (
+    SLOW_SHARE,
+    Abort,
+    Decision,
+    FaultsConfig,
+    Replace,
+    Retry,
+    decide,
+    outcome_of,
+)
 from selffl_ray.flat import digest
-from selffl_ray.messages import Commit, Split
+from selffl_ray.messages import ClientFailure, Commit, Split
 from selffl_ray.participation import DROPPED, LATE, PARTIAL, RoundPlan
-from selffl_ray.pool import ClientPool, RoundAnswers
+from selffl_ray.pool import ClientPool, HostLost, RoundAnswers, StateLostError
 from selffl_ray.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -62,23 +72,28 @@ class EvaluationPlan:
 class RoundRecord:
     """Everything about a finished round: for tables, tracker, checkpoint, progress.
 
-    metrics has the contract's names. scores are there after rounds that were evaluated.
+    metrics has the contract's names. scores are there after rounds that were evaluated. events:
+    what went wrong, see ``events.py``.
     """
 
     plan: RoundPlan
     server: Any
     metrics: dict[str, float]
     digest: str
-    faults: int
     gradient_steps: int
     uncertainty: UncertaintyRows | None = None
     alarms: tuple[Alarm, ...] = ()
     scores: dict[Split, ClientScores] = field(default_factory=dict)
+    events: Sequence[Event] = ()
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the loop needs: a method on a federation, the clients, plans and policies."""
+    """What the loop needs: a method on a federation, the clients, plans and policies.
+
+    note: told what goes wrong, as it happens. renewed: (round, client) of hosts that were replaced
+    because they ran out of memory.
+    """
 
     algorithm: Algorithm
     federation: Federation
@@ -87,6 +102,8 @@ class Run:
     evaluation: EvaluationPlan
     faults: FaultsConfig
     task: Task
+    note: Callable[[Event], None] = lambda event: None
+    renewed: frozenset[tuple[int, int]] = frozenset()
 
 
 def run_rounds(
@@ -116,7 +133,6 @@ def run_rounds(
             server=server,
             metrics=metrics,
             digest=_digest(server, answers),
-            faults=answers.faults,
             gradient_steps=gradient_steps,
             uncertainty=record.uncertainty,
             alarms=record.alarms,
@@ -131,32 +147,101 @@ def _train(run: Run, server: Any, plan: RoundPlan) -> tuple[RoundAnswers, Any, R
     message = run.algorithm.broadcast(server, plan)
     answers = _ask_cohort(run, plan, message)
     run.pool.accept(Commit(plan.round_index, answers.accepted))
+    before = _shapes(server)
     server, sums, reports = _reduce(run, server, plan, answers)
     server, record = run.algorithm.aggregate(server, sums, reports)
+    _check_server(before, _shapes(server), plan.round_index)
     return answers, server, record
 
 
+def _shapes(server: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in trees.leaves(server)}
+
+
+def _check_server(before: Any, after: Any, round_index: int) -> None:
+    """Updates of the same wrong shape agree with each other, but not with what the server has.
+
+    Raises:
+        RunError: naming the part that changed.
+    """
+    changed = sorted(n for n in before | after if before.get(n) != after.get(n))
+    if changed:
+        name = changed[0]
+        raise RunError(
+            f"round {round_index}: aggregating changed the shape of the server's {name} from "
+            f"{before.get(name)} to {after.get(name)}; have the method's updates the right shape?"
+        )
+
+
 def _ask_cohort(run: Run, plan: RoundPlan, message: tuple[Any, Any]) -> RoundAnswers:
-    """Ask the cohort until the fault policy is content."""
+    """Ask the cohort until the fault policy is content.
+
+    Raises:
+        RunError: too few answered. StateLostError: hosts ran out of memory and are to be replaced.
+    """
     answers, index, attempt = None, plan.cohort, 0
+    renewed = {client for r, client in run.renewed if r == plan.round_index}
     while True:
         answers = run.pool.local_update(plan, index, message, run.federation, answers)
         failures = list(answers.failing.values())
         missing = len(plan.cohort) - len(answers.accepted)
         assert missing == len(failures), "everybody who is asked answers or fails"
-        ids = run.federation.client_ids
-        decision = decide(run.faults, len(plan.cohort), failures, attempt, ids)
+        decision = decide(run.faults, len(plan.cohort), failures, attempt, renewed)
+        new = [f for f in failures if f.client_index in index]
+        _note_failures(run, (plan.round_index, attempt), new, decision)
         if isinstance(decision, Abort):
-            raise RunError(f"round {plan.round_index}: {decision.reason}")
+            why = _in_words(run, failures[:1])
+            raise RunError(f"round {plan.round_index}: {decision.reason}; first failure: {why}")
         if failures:
-            again = isinstance(decision, Retry)
-            what = "asking again" if again else f"going on without {missing} of {len(plan.cohort)}"
-            why = "; ".join(named(f, ids) for f in failures[:SHOWN])
+            what = f"going on without {missing} of {len(plan.cohort)}"
+            if isinstance(decision, Retry | Replace):
+                what = "asking again" if isinstance(decision, Retry) else "replacing hosts"
+            why = _in_words(run, failures[:SHOWN])
             logger.warning("round %d: %s (%s)", plan.round_index, what, why)
+        if isinstance(decision, Replace):
+            raise StateLostError(_starved(run, failures, decision))
         if not isinstance(decision, Retry):
+            _note_slow(run, plan, answers)
             return answers
         index = np.asarray(decision.client_index, np.int64)
         attempt += 1
+
+
+def _where(run: Run, failure: ClientFailure) -> Whereabouts:
+    return run.pool.whereabouts(int(run.pool.homes[failure.client_index]))
+
+
+def _in_words(run: Run, failures: Sequence[ClientFailure]) -> str:
+    return "; ".join(named(f, run.federation.client_ids, _where(run, f)) for f in failures)
+
+
+def _note_failures(
+    run: Run, at: tuple[int, int], failures: Sequence[ClientFailure], decision: Decision
+) -> None:
+    """An event for each client that failed in an attempt (``at``: round and attempt)."""
+    for failure in failures:
+        name = run.federation.client_ids[failure.client_index]
+        outcome = outcome_of(decision, failure.client_index)
+        run.note(client_failed(failure, name, at, _where(run, failure), outcome))
+
+
+def _starved(run: Run, failures: Sequence[ClientFailure], decision: Replace) -> list[HostLost]:
+    """Hosts to replace, each with the cause of the first of its clients that failed."""
+    found: dict[int, HostLost] = {}
+    for failure in failures:
+        if failure.client_index in decision.client_index:
+            host = int(run.pool.homes[failure.client_index])
+            found.setdefault(host, HostLost(host, failure.cause, "memory"))
+    return list(found.values())
+
+
+def _note_slow(run: Run, plan: RoundPlan, answers: RoundAnswers) -> None:
+    """An event for every host that came near the limit."""
+    limit_s = run.faults.client_timeout_s
+    for host, seconds in answers.host_seconds.items():
+        if seconds > SLOW_SHARE * limit_s:
+            where = run.pool.whereabouts(host)
+            run.note(host_was_slow(seconds, limit_s, plan.round_index, where))
 
 
 def _reduce(

@@ -1,13 +1,34 @@
-"""What to do when clients do not answer: a decision as data; the driver carries it out."""
+"""What to do when clients do not answer: a decision as data; the driver carries it out.
+
+The policy, by what happened:
+
+raised      the round is asked for again with the same streams, then it goes on without the client
+memory      the same; when that does not help, the client's host is replaced by a fresh one, once a
+            round, before the round goes on without the client
+diverged    never asked again, for the same streams would diverge again: left out of the round
+shape       likewise
+died        a host that ended, or whose node did: replaced; client state was lost with it, so all go
+            back to the last checkpoint, and the rounds are replayed with the same bits
+silent      a host that did not answer within ``client_timeout_s``: ended, then as ``died``
+slow        nothing; it took more than half of ``client_timeout_s``, which is worth knowing
+
+All of it stands in the tables, see ``events.py``.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from selffl_ray.errors import ConfigError
-from selffl_ray.messages import ClientFailure
+from selffl_ray.events import Outcome
+from selffl_ray.messages import ClientFailure, FailureKind
+
+RETRIED: frozenset[FailureKind] = frozenset({"raised", "memory"})
+"""Failures that asking again may mend."""
+SLOW_SHARE = 0.5
+"""Share of ``client_timeout_s`` above which a host counts as slow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +40,8 @@ class FaultsConfig:
     max_retries: int = 2
     """Times that a round is asked for again, and that lost hosts are replaced in it."""
     client_timeout_s: float = 600.0
-    """Longest wait for any answer."""
+    """Longest wait for an answer in a round. A host that starts and reads its data may take 5
+    minutes, however short this is."""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_participants <= 1:
@@ -45,13 +67,20 @@ class Retry:
 
 
 @dataclass(frozen=True)
+class Replace:
+    """Replace the hosts of these clients by fresh ones, and replay what was lost with them."""
+
+    client_index: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Abort:
     """End the run; why, in words."""
 
     reason: str
 
 
-Decision = Proceed | Retry | Abort
+Decision = Proceed | Retry | Replace | Abort
 
 
 def decide(
@@ -59,32 +88,38 @@ def decide(
     asked: int,
     failures: Sequence[ClientFailure],
     attempt: int,
-    client_ids: Sequence[str] = (),
+    renewed: Collection[int] = (),
 ) -> Decision:
     """What follows from an attempt at a round.
 
-    Failures that asking again can mend are asked for again, up to ``max_retries`` times. Then the
-    round proceeds if enough of the cohort answered, and the run is aborted otherwise.
+    Failures that asking again can mend are asked for again, up to ``max_retries`` times. Hosts that
+    still run out of memory are replaced, each once. Then the round proceeds if enough of the cohort
+    answered, and the run is aborted otherwise.
 
     Args:
-        asked: clients of the cohort; attempt: from 0; client_ids: names by index, for people.
+        asked: clients of the cohort; attempt: from 0; renewed: clients whose hosts were replaced in
+            this round already.
     """
-    again = tuple(f.client_index for f in failures if f.retry)
+    again = tuple(f.client_index for f in failures if f.kind in RETRIED)
     if again and attempt < config.max_retries:
         return Retry(again)
+    starved = tuple(
+        f.client_index for f in failures if f.kind == "memory" and f.client_index not in renewed
+    )
+    if starved and config.max_retries:
+        return Replace(starved)
     # Less a little: 0.55 of 100 is 55.00000000000001.
     needed = max(1, math.ceil(config.min_participants * asked - 1e-9))
     answered = asked - len(failures)
     if answered >= needed:
         return Proceed()
     return Abort(
-        f"only {answered} of {asked} clients answered (faults.min_participants asks for {needed}); "
-        f"first failure: {named(failures[0], client_ids)}"
+        f"only {answered} of {asked} clients answered (faults.min_participants asks for {needed})"
     )
 
 
-def named(failure: ClientFailure, client_ids: Sequence[str]) -> str:
-    """A failure in words: which client, where and why."""
-    index = failure.client_index
-    who = f"client {client_ids[index]!r}" if client_ids else f"client index {index}"
-    return f"{who}, {failure.stage}: {failure.cause}"
+def outcome_of(decision: Decision, client_index: int) -> Outcome:
+    """What a decision means for a client that failed."""
+    if isinstance(decision, Retry | Replace) and client_index in decision.client_index:
+        return "retried" if isinstance(decision, Retry) else "replaced"
+    return "aborted" if isinstance(decision, Abort) else "left out"

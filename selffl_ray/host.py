@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -44,12 +45,15 @@ from selffl_ray.messages import (
     DataSpec,
     EvalAnswer,
     EvalRequest,
+    FailureKind,
     LocalAnswer,
     LocalRequest,
     ReduceRequest,
     RunSpec,
+    Shapes,
     Split,
     StateRows,
+    shape_cause,
 )
 from selffl_ray.models.build import build_model
 from selffl_ray.participation import RoundPlan
@@ -66,6 +70,13 @@ class _Staged(NamedTuple):
 
     round_index: int
     local: Local
+
+
+class Upload(NamedTuple):
+    """What is sent of an update."""
+
+    payload: Any
+    report: Any
 
 
 class ClientHost:
@@ -121,7 +132,9 @@ class ClientHost:
         fresh = [i for i in at if not self._has_staged(i, request.plan.round_index)]
         for members in self._stacks(fresh):
             failures += self._train(members, at, request.plan, shared, per_client)
-        good = sorted(i for i in at if self._has_staged(i, request.plan.round_index))
+        answered = [i for i in at if self._has_staged(i, request.plan.round_index)]
+        good, shapes, refused = _majority({i: self._staged[i].local for i in answered})
+        failures += refused
         locals_ = [self._staged[i].local for i in good]
         means = []
         for mean, share in zip(self._means(), request.mean_shares, strict=True):
@@ -135,6 +148,7 @@ class ClientHost:
             np.asarray([int(local.gradients_C[0]) for local in locals_], np.int64),
             tuple(means),
             tuple(failures),
+            shapes,
             time.perf_counter() - began,
             resident_bytes(),
         )
@@ -301,14 +315,17 @@ class ClientHost:
         rows = trees.take_rows(per_client, torch.tensor([at[i] for i in members]))
         stack = self._stack(members, plan)
         try:
-            local = self._algorithm.local_update(shared, rows, self._state_rows(members), stack)
+            before = self._state_rows(members)
+            local = self._algorithm.local_update(shared, rows, before, stack)
+            _check_rows(local, before, len(members))
         except Exception as error:
             if len(members) > 1:
                 # One client's failure must not take its stack along.
                 alone = [self._train([i], at, plan, shared, per_client) for i in members]
                 return [failure for part in alone for failure in part]
             logger.warning("client %s failed: %r", stack.client_ids[0], error)
-            return [ClientFailure(members[0], "local_update", f"{error!r}", True)]
+            cause, kind = failure_kind(error)
+            return [ClientFailure(members[0], "local_update", cause, kind)]
         good_C = self._usable(local)
         failures = []
         for row, index in enumerate(members):
@@ -317,7 +334,7 @@ class ClientHost:
                 self._staged[index] = _Staged(plan.round_index, one)
             else:
                 cause = "its update holds NaN, infinity or values of 32768 and more: it diverged"
-                failures.append(ClientFailure(index, "local_update", cause, False))
+                failures.append(ClientFailure(index, "local_update", cause, "diverged"))
         return failures
 
     def _usable(self, local: Local) -> Tensor:
@@ -381,6 +398,55 @@ class ClientHost:
                 adapted,
             )
         return self._algorithm.personalize(shared, per_client, state, stack)
+
+
+class _ShapeError(Exception):
+    """An update whose rows do not belong to the clients that were asked."""
+
+
+def _check_rows(local: Local, before: Any, num_clients: int) -> None:
+    """Whether an update has a row for each client, and the state the form that it had.
+
+    Raises:
+        _ShapeError: naming the part, its shape and the right one.
+    """
+    for name, leaf in trees.leaves(local):
+        if leaf.ndim == 0 or len(leaf) != num_clients:
+            rows = "no rows" if leaf.ndim == 0 else f"{len(leaf)} rows"
+            raise _ShapeError(f"its update's {name} has {rows}, expected {num_clients}")
+    was, now = _shapes(before), _shapes(local.state)
+    if was != now:
+        raise _ShapeError(shape_cause(now, was).replace("update", "state", 1))
+
+
+def _shapes(tree: Any) -> Shapes:
+    """Shapes of the leaves of a tree without the client axis."""
+    return tuple((name, tuple(leaf.shape[1:])) for name, leaf in trees.leaves(tree))
+
+
+def _majority(updates: dict[int, Local]) -> tuple[list[int], Shapes | None, list[ClientFailure]]:
+    """Clients whose updates can be added up, their shapes, and a failure of each of the others."""
+    found = {i: _shapes(Upload(u.payload, u.report)) for i, u in updates.items()}
+    if not found:
+        return [], None, []
+    usual = Counter(found.values()).most_common(1)[0][0]
+    failures = [
+        ClientFailure(i, "local_update", shape_cause(shapes, usual), "shape")
+        for i, shapes in found.items()
+        if shapes != usual
+    ]
+    return sorted(i for i in found if found[i] == usual), usual, failures
+
+
+def failure_kind(error: Exception) -> tuple[str, FailureKind]:
+    """An error of a client in words and as a kind."""
+    if isinstance(error, _ShapeError):
+        return str(error), "shape"
+    # On the CPU torch raises a plain RuntimeError.
+    starved = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
+    return repr(error), "memory" if starved else "raised"
 
 
 def resident_bytes() -> int:

@@ -7,7 +7,7 @@ the new ones.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -57,13 +57,18 @@ class Commit(NamedTuple):
 Commits = tuple[Commit, ...]
 
 
+FailureKind = Literal["raised", "memory", "diverged", "shape"]
+"""It raised an error, ran out of memory, gave an update that is not finite or too large, or one of
+another shape than the others."""
+
+
 class ClientFailure(NamedTuple):
-    """A client that gave no update: why, and whether asking again can help."""
+    """A client that gave no update that can be used: why, in words and as a kind."""
 
     client_index: int
     stage: str
     cause: str
-    retry: bool
+    kind: FailureKind
 
 
 class LocalRequest(NamedTuple):
@@ -75,8 +80,15 @@ class LocalRequest(NamedTuple):
     mean_shares: tuple[npt.NDArray[np.float64], ...]
 
 
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+"""Name and shape, without the client axis, of every leaf of an update's payload and report."""
+
+
 class LocalAnswer(NamedTuple):
-    """Reports of the clients that answered (ascending), partial means, and failures."""
+    """Reports of the clients that answered (ascending), partial means, and failures.
+
+    shapes: of the updates, the same for all of them; None if nobody answered.
+    """
 
     client_index: Indices
     reports: Any
@@ -84,8 +96,18 @@ class LocalAnswer(NamedTuple):
     gradients: Indices
     means: tuple[npt.NDArray[np.int64], ...]
     failures: tuple[ClientFailure, ...]
+    shapes: Shapes | None
     seconds: float
     memory_bytes: int
+
+
+def shape_cause(found: Shapes, expected: Shapes) -> str:
+    """In words: what is wrong with an update's shapes."""
+    if [name for name, _ in found] != [name for name, _ in expected]:
+        return f"its update has {len(found)} parts, expected {len(expected)}"
+    wrong = [(n, f, e) for (n, f), (_, e) in zip(found, expected, strict=True) if f != e]
+    name, has, wants = wrong[0]
+    return f"its update's {name} has shape {has}, expected {wants}"
 
 
 class ReduceRequest(NamedTuple):

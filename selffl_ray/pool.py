@@ -8,6 +8,8 @@ actors (``runtime/ray_pool.py``). The same code above both is what makes their b
 from __future__ import annotations
 
 import logging
+import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -21,6 +23,7 @@ from selffl_ray import trees
 from selffl_ray.algorithms.base import Algorithm, Federation, Gather, Mean, Total, Weights
 from selffl_ray.datasets.splits import ClientRows
 from selffl_ray.evaluation import ClientScores, join_scores
+from selffl_ray.events import HostKind, Whereabouts
 from selffl_ray.flat import exact_value
 from selffl_ray.host import ClientHost
 from selffl_ray.messages import (
@@ -33,8 +36,10 @@ from selffl_ray.messages import (
     LocalRequest,
     ReduceRequest,
     RunSpec,
+    Shapes,
     Split,
     StateRows,
+    shape_cause,
 )
 from selffl_ray.participation import RoundPlan
 
@@ -44,10 +49,11 @@ Indices = npt.NDArray[np.int64]
 
 
 class HostLost(NamedTuple):
-    """A host that gave no answer: it died or did not answer in time."""
+    """A host that gave no answer or is to be replaced, and why, in words and as a kind."""
 
     host: int
     cause: str
+    kind: HostKind = "died"
 
 
 class Transport(Protocol):
@@ -67,8 +73,12 @@ class Transport(Protocol):
         """
         ...
 
-    def restart(self, host: int) -> None:
-        """Replace a lost host by a fresh one."""
+    def restart(self, hosts: Sequence[int]) -> None:
+        """Replace lost hosts by fresh ones."""
+        ...
+
+    def place(self, host: int) -> str:
+        """Where a host is, in words."""
         ...
 
     def close(self) -> None:
@@ -97,9 +107,14 @@ class LocalTransport:
             h: getattr(self._hosts[h], method)(*first, *arguments[h]) for h in sorted(arguments)
         }
 
-    def restart(self, host: int) -> None:
-        """A fresh host without data or state."""
-        self._hosts[host] = ClientHost(self._device)
+    def restart(self, hosts: Sequence[int]) -> None:
+        """Fresh hosts without data or state."""
+        for host in hosts:
+            self._hosts[host] = ClientHost(self._device)
+
+    def place(self, host: int) -> str:  # noqa: ARG002
+        """All of them are here."""
+        return f"process {os.getpid()}"
 
     def close(self) -> None:
         """Nothing to end."""
@@ -119,7 +134,10 @@ class StateLostError(Exception):
 
 @dataclass
 class RoundAnswers:
-    """What a cohort answered so far, over one or several attempts."""
+    """What a cohort answered so far, over one or several attempts.
+
+    host_seconds: longest answer of each host. shapes: of the updates that are taken.
+    """
 
     reports: dict[int, Any]
     loss: dict[int, float]
@@ -127,13 +145,18 @@ class RoundAnswers:
     mean_totals: list[Tensor | None]
     failing: dict[int, ClientFailure] = field(default_factory=dict)
     faults: int = 0
-    seconds: float = 0.0
-    memory_bytes: int = 0
+    host_seconds: dict[int, float] = field(default_factory=dict)
+    shapes: Shapes | None = None
 
     @property
     def accepted(self) -> Indices:
         """Clients that answered, ascending."""
         return np.asarray(sorted(self.reports), np.int64)
+
+    @property
+    def seconds(self) -> float:
+        """Longest time that a host took."""
+        return max(self.host_seconds.values(), default=0.0)
 
 
 class ClientPool:
@@ -151,6 +174,7 @@ class ClientPool:
         self._run: RunSpec | None = None
         self._algorithm: Algorithm | None = None
         self._commits: dict[int, list[Commit]] = {}
+        self._memory: dict[int, int] = {}
 
     # -- set-up ---------------------------------------------------------------------------------
 
@@ -179,8 +203,7 @@ class ClientPool:
         """Replace lost hosts and bring them to the start of the run."""
         assert self._run is not None
         hosts = sorted({item.host for item in lost})
-        for host in hosts:
-            self.transport.restart(host)
+        self.transport.restart(hosts)
         self._load(hosts)
         self._all(self.transport.call("begin", dict.fromkeys(hosts, ()), self._run))
 
@@ -225,9 +248,15 @@ class ClientPool:
             arguments[host] = (LocalRequest(plan, index[at], per_client, own_shares),)
         answers = so_far or RoundAnswers({}, {}, {}, [None] * len(means))
         answers.failing = {i: f for i, f in answers.failing.items() if i not in set(index.tolist())}
-        for answer in self._ask("local_update", arguments, shared).values():
-            _add(answers, answer)
+        found = self._ask("local_update", arguments, shared)
+        self._memory |= {host: answer.memory_bytes for host, answer in found.items()}
+        for host, answer in agreeing(found, answers.shapes).items():
+            _add(answers, host, answer)
         return answers
+
+    def whereabouts(self, host: int) -> Whereabouts:
+        """Where a host is, and how much memory it took when it last told."""
+        return Whereabouts(host, self.transport.place(host), self._memory.get(host))
 
     def mean_results(
         self, answers: RoundAnswers, plan: RoundPlan, federation: Federation
@@ -364,7 +393,47 @@ def balanced_homes(work: Sequence[float], num_hosts: int) -> list[int]:
     return [int(h) for h in homes]
 
 
-def _add(answers: RoundAnswers, answer: LocalAnswer) -> None:
+def agreeing(
+    found: Mapping[int, LocalAnswer], taken: Shapes | None = None
+) -> dict[int, LocalAnswer]:
+    """The answers, with updates of another shape than most clients' turned into failures.
+
+    Sums of updates that do not fit each other would be wrong or impossible. Without a majority none
+    can be trusted.
+
+    Args:
+        taken: shapes of updates that were taken in this round before.
+    """
+    votes: Counter[Shapes] = Counter()
+    for answer in found.values():
+        if answer.shapes is not None:
+            votes[answer.shapes] += len(answer.client_index)
+    if taken is None and votes:
+        best, most = votes.most_common(1)[0]
+        taken = best if 2 * most > votes.total() else None
+    return {h: a if a.shapes in (None, taken) else _refused(a, taken) for h, a in found.items()}
+
+
+def _refused(answer: LocalAnswer, taken: Shapes | None) -> LocalAnswer:
+    """The answer without its updates."""
+    assert answer.shapes is not None
+    cause = "its update has a shape of its own, and no shape has a majority"
+    if taken is not None:
+        cause = shape_cause(answer.shapes, taken)
+    failures = [
+        ClientFailure(index, "local_update", cause, "shape")
+        for index in answer.client_index.tolist()
+    ]
+    return answer._replace(
+        client_index=answer.client_index[:0],
+        reports=None,
+        means=(),
+        failures=(*answer.failures, *failures),
+        shapes=None,
+    )
+
+
+def _add(answers: RoundAnswers, host: int, answer: LocalAnswer) -> None:
     if answer.reports is not None:
         reports = trees.to_tensors(answer.reports)
         for row, index in enumerate(answer.client_index.tolist()):
@@ -374,10 +443,10 @@ def _add(answers: RoundAnswers, answer: LocalAnswer) -> None:
         for at, part in enumerate(answer.means):
             new, old = torch.from_numpy(np.array(part)), answers.mean_totals[at]
             answers.mean_totals[at] = new if old is None else old + new
+        answers.shapes = answer.shapes
     answers.failing |= {failure.client_index: failure for failure in answer.failures}
     answers.faults += len(answer.failures)
-    answers.seconds = max(answers.seconds, answer.seconds)
-    answers.memory_bytes = max(answers.memory_bytes, answer.memory_bytes)
+    answers.host_seconds[host] = max(answers.host_seconds.get(host, 0.0), answer.seconds)
 
 
 def _rows_at(rows: StateRows, here: npt.NDArray[np.bool_]) -> StateRows | None:

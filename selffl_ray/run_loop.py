@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -24,6 +25,7 @@ from selffl_ray.checkpoint import (
 from selffl_ray.config import ExperimentConfig, to_raw
 from selffl_ray.driver import RoundRecord, Run, evaluate, run_rounds
 from selffl_ray.errors import RunError
+from selffl_ray.events import Event, EventBook, Outcome
 from selffl_ray.experiment import Prepared, write_params
 from selffl_ray.flat import digest
 from selffl_ray.participation import RoundPlan, plan_digest
@@ -96,7 +98,7 @@ class RunLoop:
         self._digest = run_digest(prepared, writer.schedule)
         self._checkpoints = writer.folder / "checkpoints"
         self._all_states_next = True
-        self._lost_clients: dict[int, int] = {}
+        self._events = EventBook()
         self._reached = -1
         self._run = Run(
             prepared.algorithm,
@@ -106,6 +108,7 @@ class RunLoop:
             prepared.evaluation,
             prepared.config.faults,
             prepared.dataset.task,
+            self._events.note,
         )
 
     def go(self) -> str:
@@ -132,14 +135,30 @@ class RunLoop:
                 self._note_loss(error, losses)
 
     def _note_loss(self, error: StateLostError, losses: int) -> None:
-        causes = "; ".join(f"host {item.host}: {item.cause}" for item in error.lost)
-        if losses > self._prepared.config.faults.max_retries:
-            raise RunError(f"hosts were lost {losses} times without progress ({causes})") from error
-        hosts = {item.host for item in error.lost}
+        """Events of lost hosts, in the round in which they were lost, and a warning.
+
+        Raises:
+            RunError: too many in a row.
+        """
         at = min(self._reached + 1, len(self._prepared.plans) - 1)
-        here = int(np.isin(self._pool.homes, list(hosts)).sum())
-        self._lost_clients[at] = self._lost_clients.get(at, 0) + here
-        logger.warning("lost %s; replacing it and replaying its rounds", causes)
+        enough = losses > self._prepared.config.faults.max_retries
+        causes = []
+        for item in error.lost:
+            where = self._pool.whereabouts(item.host)
+            causes.append(f"host {item.host}: {item.cause} ({where})")
+            here = int((self._pool.homes == item.host).sum())
+            done: Outcome = "aborted" if enough else "replaced"
+            self._events.note(Event(at, losses, item.kind, None, here, item.cause, *where, done))
+            if item.kind == "memory":
+                clients = np.flatnonzero(self._pool.homes == item.host).tolist()
+                renewed = self._run.renewed | {(at, client) for client in clients}
+                self._run = dataclasses.replace(self._run, renewed=renewed)
+        why = "; ".join(causes)
+        if enough:
+            raise RunError(
+                f"round {at}: hosts were lost {losses} times without progress ({why})"
+            ) from error
+        logger.warning("lost %s; replacing it and replaying its rounds", why)
 
     def _restore(self) -> _Place:
         """The newest checkpoint's state in server and hosts, or the start."""
@@ -149,13 +168,13 @@ class RunLoop:
         path = latest_checkpoint(self._checkpoints)
         self._all_states_next = True
         if path is None:
-            self._writer.restore(-1)
+            self._events.recall(self._writer.restore(-1))
             self._pool.import_states([])
             return _Place(0, algorithm.init(start_P), 0)
         saved = load_checkpoint(
             path, self._digest, algorithm.init(start_P), algorithm.init_client(start_P, 1)
         )
-        self._writer.restore(saved.counters.round_index)
+        self._events.recall(self._writer.restore(saved.counters.round_index))
         self._pool.import_states(saved.states)
         return _Place(saved.counters.round_index + 1, saved.server, saved.counters.gradient_steps)
 
@@ -176,8 +195,8 @@ class RunLoop:
         self._reached = max(self._reached, last_round)
         for record in [] if stop.enough else rounds:
             last_round, server = record.plan.round_index, record.server
-            # In the round in which they were lost, as often as that is replayed.
-            record.metrics["clients/faults"] += self._lost_clients.get(last_round, 0)
+            record.events = self._events.of(last_round)
+            record.metrics["clients/faults"] = float(sum(e.num_clients for e in record.events))
             self._reached = max(self._reached, last_round)
             stop.take(record.metrics, time.monotonic() - began)
             if self._prepared.config.training.simulates:
@@ -224,6 +243,7 @@ class RunLoop:
             self._writer.tables.flush()
             save_checkpoint(self._checkpoints, counters, record.server, changed, keep)
             self._all_states_next = False
+            self._events.forget(record.plan.round_index)
         except OSError as error:
             logger.warning("no checkpoint after round %d: %s", record.plan.round_index, error)
 

@@ -133,16 +133,20 @@ class RunWriter:
         )
         return MLflowTracker(uri, info, self.folder)
 
-    def restore(self, last_round: int) -> None:
+    def restore(self, last_round: int) -> list[Mapping[str, Any]]:
         """Go on after a round (-1: begin), with the rows of the rounds up to it.
 
         Of a run that began as another's copy the tracker is given them too; steps that the store
         has already are not sent again.
+
+        Returns:
+            Events of the rounds after it, which are done again.
         """
-        self.tables.restore(last_round)
+        dropped = self.tables.restore(last_round)
         if changed(self.schedule):
             for row in self.tables.rows():
                 self.tracker.log({k: v for k, v in row.items() if "/" in k}, row["round_index"])
+        return dropped
 
     def write_environment(self, plan: PlacementPlan, where: list[dict[str, Any]]) -> None:
         """``environment.json``."""

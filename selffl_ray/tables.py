@@ -80,23 +80,36 @@ class RunTables:
         self._participation: list[pa.Table] = []
         self._flushed = time.monotonic()
 
-    def restore(self, last_round: int) -> None:
-        """Take over the rows of an earlier part of the run, up to a round."""
-        kept = {}
+    def restore(self, last_round: int) -> list[Mapping[str, Any]]:
+        """Take over the rows of an earlier part of the run, up to a round.
+
+        Returns:
+            The ``events`` of the rounds after it.
+        """
+        kept, dropped = {}, []
         for name in TABLES:
             path = self.folder / f"{name}.parquet"
             if path.exists():
                 table = pq.read_table(path)
+                if name == "rounds" and "events" in table.column_names:
+                    after = table.filter(pc.greater(table["round_index"], last_round))
+                    for text in after["events"].to_pylist():
+                        dropped += json.loads(text or "[]")
                 kept[name] = table.filter(pc.less_equal(table["round_index"], last_round))
         rows = kept["rounds"].to_pylist() if "rounds" in kept else []
         self._rounds = [{k: v for k, v in row.items() if v is not None} for row in rows]
         self._clients = [kept["clients"]] if "clients" in kept else []
         self._uncertainty = [kept["uncertainty"]] if "uncertainty" in kept else []
         self._participation = [kept["participation"]] if "participation" in kept else []
+        return dropped
 
     def add(self, record: RoundRecord) -> None:
         """Take in a finished round; writes when the last writing is some time ago."""
-        row: dict[str, Any] = {"round_index": record.plan.round_index, "digest": record.digest}
+        row: dict[str, Any] = {
+            "round_index": record.plan.round_index,
+            "digest": record.digest,
+            "events": json.dumps([event._asdict() for event in record.events]),
+        }
         # What was not measured is absent, in a table null.
         row |= {k: v for k, v in record.metrics.items() if not math.isnan(v)}
         for alias, metric in ALIASES.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -466,13 +466,13 @@ class Losing(LocalTransport):
         if self.calls in self.lose_at:
             lost = max(answers)
             # Whatever it knew is gone.
-            super().restart(lost)
+            super().restart([lost])
             answers[lost] = HostLost(lost, f"lost in {method}")
         return answers
 
-    def restart(self, host: int) -> None:
-        type(self).restarted.append(host)
-        super().restart(host)
+    def restart(self, hosts: Sequence[int]) -> None:
+        type(self).restarted.extend(hosts)
+        super().restart(hosts)
 
 
 @pytest.fixture

@@ -62,6 +62,7 @@ PLAIN = {
     "bytes_up",
     "digest",
     "eval_s",
+    "events",
     "faults",
     "participants",
     "round_s",
@@ -244,7 +245,6 @@ def record(round_index: int, **metrics: float) -> RoundRecord:
         server=None,
         metrics=named,
         digest=f"digest {round_index}",
-        faults=0,
         gradient_steps=0,
         uncertainty=uncertainty,
         scores={"test": scores},
@@ -274,10 +274,10 @@ def test_a_client_without_examples_and_a_score_that_is_not_a_number_are_null(tmp
 
 def test_a_metric_that_is_not_a_number_is_null_in_the_table_and_absent_from_the_rows(tmp_path):
     found = made(tmp_path, record(0, x__y=1.0), record(1, x__y=math.nan, time__round_s=math.nan))
-    assert found.rows()[1].keys() == {"round_index", "digest"}
+    assert found.rows()[1].keys() == {"round_index", "digest", "events"}
     rounds = pq.read_table(tmp_path / "rounds.parquet")
     assert rounds["x/y"].to_pylist() == [1.0, None]
-    assert set(rounds.column_names) == {"round_index", "digest", "x/y"}
+    assert set(rounds.column_names) == {"round_index", "digest", "events", "x/y"}
 
 
 def test_going_on_keeps_the_rows_up_to_the_checkpoint_and_drops_later_ones(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,6 +191,29 @@ def check_shared(folder: Path) -> None:
 
 def _exists(path: str) -> bool:
     return Path(path).exists()
+
+
+def await_nodes(node_ids: Collection[str]) -> None:
+    """Wait until each of these nodes has shown that it lives, or Ray has noticed that it does not.
+
+    Ray takes some 15 seconds to notice, and until then would start actors on a node that is gone.
+    """
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    look: Any = ray.remote(_exists)
+    probes = []
+    alive = {n["NodeID"] for n in ray.nodes() if n["Alive"]}  # type: ignore[no-untyped-call]
+    for node_id in sorted(alive & set(node_ids) if len(alive) > 1 else ()):
+        there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": there}
+        probes.append(look.options(**options).remote("/"))
+    for probe in probes:
+        try:
+            ray.get(probe, timeout=SHARED_S)
+        except (TimeoutError, RayError) as error:
+            logger.info("a node is gone: %s", error)
 
 
 def this_machine() -> list[Node]:

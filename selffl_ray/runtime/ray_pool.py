@@ -13,12 +13,16 @@ from ray.exceptions import RayError, RayTaskError
 from selffl_ray.errors import PlacementError, RunError, SelfFLError
 from selffl_ray.pool import ClientPool, HostLost, StateLostError
 from selffl_ray.runtime.actors import ClientActor
+from selffl_ray.runtime.cluster import await_nodes
 from selffl_ray.runtime.placement import ActorPlan, PlacementPlan
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 300.0
 """Longest wait for an actor to start; importing torch on a busy machine takes a while."""
+
+SETUP = frozenset({"load", "begin"})
+"""Methods that get an actor ready."""
 
 
 class RayTransport:
@@ -27,7 +31,8 @@ class RayTransport:
     Args:
         plan: actors and their shares.
         device: ``placement.device``.
-        timeout_s: longest wait for any answer; whoever is silent longer is ended and lost.
+        timeout_s: longest wait for an answer of an actor that is ready; whoever is silent longer is
+            ended and lost.
         label: prefix of the actors' names on the dashboard.
         plugins: modules of the user's, and the folder that they may lie in.
     """
@@ -104,7 +109,11 @@ class RayTransport:
             host: self._actor(host).call.remote(method, has, reference, own)
             for host, own in arguments.items()
         }
-        return self._wait(pending, self._timeout_s)
+        return self._wait(pending, self._patience(method))
+
+    def _patience(self, method: str) -> float:
+        """A fresh actor imports and reads much before it is ready for its first round."""
+        return max(self._timeout_s, START_TIMEOUT_S) if method in SETUP else self._timeout_s
 
     def _wait(self, pending: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
         references = list(pending.values())
@@ -114,31 +123,38 @@ class RayTransport:
         for host, reference in pending.items():
             if reference not in arrived:
                 ray.kill(self._actor(host), no_restart=True)
-                answers[host] = HostLost(host, f"no answer within {timeout_s:g} s")
+                answers[host] = HostLost(host, f"no answer within {timeout_s:g} s", "silent")
                 continue
             try:
                 answers[host] = ray.get(reference, timeout=timeout_s)
             except RayTaskError as error:
                 if isinstance(error.cause, SelfFLError):
                     raise error.cause from None
-                raise RunError(f"client actor {host}: {error.cause!r}") from error
+                raise RunError(f"host {host} ({self.place(host)}): {error.cause!r}") from error
             except RayError as error:
                 # It died, its node died with the answer, or the answer was lost on the way.
                 answers[host] = HostLost(host, " ".join(str(error).split())[:300])
         return answers
 
-    def restart(self, host: int) -> None:
-        """A fresh actor in place of a lost one.
+    def restart(self, hosts: Sequence[int]) -> None:
+        """Fresh actors in place of lost ones.
 
         Raises:
-            StateLostError: it did not come up either.
+            StateLostError: some did not come up either.
         """
-        old = self._actors[host]
-        if old is not None:
-            ray.kill(old, no_restart=True)
-        lost = self._start([host])
+        for host in hosts:
+            old = self._actors[host]
+            if old is not None:
+                ray.kill(old, no_restart=True)
+        await_nodes({self.where[host]["node"] for host in hosts if self.where[host]})
+        lost = self._start(list(hosts))
         if lost:
             raise StateLostError(lost)
+
+    def place(self, host: int) -> str:
+        """Node and process of an actor, as they were told when it started."""
+        at = self.where[host]
+        return f"node {at['node'][:8]}, process {at['pid']}" if at else "an actor that is starting"
 
     def close(self) -> None:
         """End all actors."""

@@ -1,0 +1,112 @@
+"""What went wrong in a run: events for the tables, and failures in words.
+
+They stand in the column ``events`` of ``rounds.parquet``: a JSON list of :class:`Event` in each
+row. An event of a round that is replayed stands there once, and one that does not come back when
+the round is replayed stands there too. ``clients/faults`` is the sum of their ``num_clients``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from selffl_ray.messages import ClientFailure, FailureKind
+
+HostKind = Literal["died", "silent", "memory"]
+"""It ended or its node did, did not answer in time, or its clients ran out of memory in it."""
+Outcome = Literal["retried", "left out", "replaced", "kept", "aborted"]
+"""The client was asked again, or the round went on without it; its host was replaced and rounds
+replayed; its update was taken all the same; the run ended."""
+
+
+class Whereabouts(NamedTuple):
+    """Where a host is, and how much memory it took when it last told (None: it never did)."""
+
+    host: int
+    place: str
+    memory_bytes: int | None
+
+    def __str__(self) -> str:
+        used = self.memory_bytes
+        memory = "unknown" if used is None else f"{used / 2**20:.0f} MiB"
+        return f"host {self.host}, {self.place}, last memory reading {memory}"
+
+
+class Event(NamedTuple):
+    """Something that went wrong in a round, and what was done about it.
+
+    attempt: of the round, from 0; of a lost host the number of losses without progress, from 1.
+    kind: see ``faults.py``. client_id: None if it was a host with all of its clients. num_clients:
+    clients that gave no update because of it. host, place, memory_bytes: as in
+    :class:`Whereabouts`.
+    """
+
+    round_index: int
+    attempt: int
+    kind: FailureKind | HostKind | Literal["slow"]
+    client_id: str | None
+    num_clients: int
+    cause: str
+    host: int
+    place: str
+    memory_bytes: int | None
+    outcome: Outcome
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The same for the same event of a round that is replayed."""
+        return (self.round_index, self.attempt, self.kind, self.host, self.client_id)
+
+
+class EventBook:
+    """Events by round: those of rounds that are replayed are kept, and none is kept twice."""
+
+    def __init__(self) -> None:
+        self._events: dict[tuple[Any, ...], Event] = {}
+
+    def note(self, event: Event) -> None:
+        """Take in what happened now."""
+        self._events[event.key] = event
+
+    def recall(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take in what an earlier part of the run wrote, unless it is known."""
+        for row in rows:
+            event = Event(**row)
+            self._events.setdefault(event.key, event)
+
+    def of(self, round_index: int) -> list[Event]:
+        """The events of a round, as they happened."""
+        return [event for event in self._events.values() if event.round_index == round_index]
+
+    def forget(self, last_round: int) -> None:
+        """Drop the events of rounds up to this one, which will never be replayed."""
+        self._events = {k: e for k, e in self._events.items() if e.round_index > last_round}
+
+
+def client_failed(
+    failure: ClientFailure,
+    client_id: str,
+    at: tuple[int, int],
+    where: Whereabouts,
+    outcome: Outcome,
+) -> Event:
+    """An event of one client.
+
+    Args:
+        at: round and attempt.
+    """
+    host, place, memory = where
+    return Event(*at, failure.kind, client_id, 1, failure.cause, host, place, memory, outcome)
+
+
+def host_was_slow(seconds: float, limit_s: float, round_index: int, where: Whereabouts) -> Event:
+    """An event of a host that came near the limit, ``faults.client_timeout_s``."""
+    cause = f"it took {seconds:.1f} s, faults.client_timeout_s is {limit_s:g}"
+    host, place, memory = where
+    return Event(round_index, 0, "slow", None, 0, cause, host, place, memory, "kept")
+
+
+def named(failure: ClientFailure, client_ids: Sequence[str], where: Whereabouts) -> str:
+    """A failure in words: which client, where and why."""
+    who = client_ids[failure.client_index]
+    return f"client {who!r}, {failure.stage}: {failure.cause} ({where})"
