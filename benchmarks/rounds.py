@@ -104,8 +104,7 @@ def one_pass(job: Job, number: int) -> list[dict[str, Any]]:
             row |= run_entry(entry, job.folder)
             print(f"{row['round_s']:.3f} s a round, {row['outside_s']:.1f} s outside", flush=True)
         except EntryError as error:
-            if entry.name not in PEERS:
-                raise
+            # The others go on: their passes are worth keeping.
             row["failed"] = " ".join(str(error).split())
             print(f"failed: {error}", flush=True)
         rows.append(row)
@@ -139,7 +138,7 @@ def skipped_peers(options: argparse.Namespace) -> dict[str, str]:
 
 
 def all_passes(options: argparse.Namespace) -> pd.DataFrame:
-    """A row for every pass, workload and entry."""
+    """A row for every pass, workload and entry; written as soon as a workload is through."""
     skipped = skipped_peers(options)
     for name, reason in skipped.items():
         print(f"{name} is skipped: {reason}", flush=True)
@@ -153,6 +152,8 @@ def all_passes(options: argparse.Namespace) -> pd.DataFrame:
             for job in jobs:
                 rows += one_pass(job, number)
                 print(medians(pd.DataFrame(rows[-len(job.entries) :])), flush=True)
+                if options.output:
+                    write_csv(pd.DataFrame(rows), options)
     return pd.DataFrame(rows)
 
 
@@ -195,13 +196,11 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run, print and write; 1 if a peer failed or final models disagree."""
+    """Run, print and write; 1 if an entry failed or final models disagree."""
     # Python's own answer to SIGTERM would leave the running entry behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = parse()
     rows = all_passes(options)
-    if options.output:
-        write_csv(rows, options)
     print(f"\nMedians of {options.passes} passes")
     print(medians(rows))
     print()
