@@ -1,0 +1,1 @@
+"""Other systems on the same workloads: a script each, run in an environment that has them."""
