@@ -173,7 +173,7 @@ def in_blocks(rows_CP: Tensor) -> tuple[Tensor, ...]:
     """
     if rows_CP.device.type != "cpu":
         return (rows_CP,)
-    return rows_CP.split(max(1, BLOCK_BYTES // max(1, 8 * rows_CP.shape[1])))
+    return torch.split(rows_CP, max(1, BLOCK_BYTES // max(1, 8 * rows_CP.shape[1])))
 
 
 # ---------------------------------------------------------------------------------------------

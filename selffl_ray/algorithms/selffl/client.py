@@ -78,11 +78,8 @@ def initial_models(context: Context, shared: Shared, per_client: PerClient, stat
         return global_CP
     q = context.groups.spread(per_client.weight_CG).to(global_CP)
     safe_q = torch.where(q <= 0.5, q, 0.0)
-    others_CP = safe_q * state.upload_CP
-    torch.sub(global_CP, others_CP, out=others_CP).div_(1 - safe_q)
-    if not bool((q <= 0.5).all()):
-        others_CP = torch.where(q <= 0.5, others_CP, shared.others_P.expand(count, -1))
-    return others_CP
+    others_CP = (global_CP - safe_q * state.upload_CP).div_(1 - safe_q)
+    return torch.where(q <= 0.5, others_CP, shared.others_P.expand(count, -1))
 
 
 class _Round(NamedTuple):
