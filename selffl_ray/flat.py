@@ -157,9 +157,23 @@ class Groups:
 
     def mean_square(self, rows_CP: Tensor) -> Tensor:
         """Mean of the squares over each group's coordinates in float64: (C, P) -> (C, G)."""
-        return self.sum(rows_CP.to(torch.float64).square()) / torch.from_numpy(self.sizes_G).to(
-            rows_CP.device
-        )
+        sums = [self.sum(rows.double().square()) for rows in in_blocks(rows_CP)]
+        return torch.cat(sums) / torch.from_numpy(self.sizes_G).to(rows_CP.device)
+
+
+BLOCK_BYTES = 2**20
+"""Several passes over so many bytes stay in a processor's cache."""
+
+
+def in_blocks(rows_CP: Tensor) -> tuple[Tensor, ...]:
+    """Views of some rows each, as many as fit a processor's cache in float64; at least one.
+
+    For what takes several passes over rows that do not depend on each other: one pass after the
+    other over all rows would go through memory each time. On a GPU all rows together.
+    """
+    if rows_CP.device.type != "cpu":
+        return (rows_CP,)
+    return torch.split(rows_CP, max(1, BLOCK_BYTES // max(1, 8 * rows_CP.shape[1])))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ from selffl_ray.messages import (
 from selffl_ray.models.build import build_model
 from selffl_ray.participation import RoundPlan
 from selffl_ray.registry import algorithms
+from selffl_ray.states import MemoryStates, States, open_states
 from selffl_ray.training import Stack
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class ClientHost:
         # Two threads give a stack of one other bits, and lose badly to any other load.
         torch.set_num_threads(1)
         self.device = device or torch.device("cpu")
-        self._states: dict[int, Any] = {}
+        self._states: States = MemoryStates()
         self._changed: set[int] = set()
         self._staged: dict[int, _Staged] = {}
 
@@ -113,7 +114,12 @@ class ClientHost:
         self._rows = self._data.rows(model.spec.dtype)
         self._algorithm: Algorithm = algorithms.make(spec.method, spec.federation)
         self._start_P = torch.from_numpy(np.array(spec.start_params)).to(self.device)
-        self._states, self._staged, self._changed = {}, {}, set()
+        self._forget()
+
+    def _forget(self) -> None:
+        """No client has a state."""
+        self._staged, self._changed = {}, set()
+        self._states = open_states(self._spec.state_folder, self._data.clients, self.device)
 
     # -- one round ------------------------------------------------------------------------------
 
@@ -240,7 +246,7 @@ class ClientHost:
     def export_states(self, commits: Commits, changed_only: bool) -> StateRows | None:
         """Committed state rows, of the clients that changed since the last export or of all."""
         self._commit(commits)
-        index = sorted(self._changed if changed_only else self._states)
+        index = sorted(self._changed) if changed_only else self._states.indices()
         self._changed = set()
         if not index:
             return None
@@ -249,12 +255,12 @@ class ClientHost:
 
     def import_states(self, rows: StateRows | None) -> None:
         """Replace all states by saved rows of this host's clients."""
-        self._states, self._staged, self._changed = {}, {}, set()
+        self._forget()
         if rows is None:
             return
         tensors = trees.to_tensors(rows.state, self.device)
         for at, index in enumerate(rows.client_index.tolist()):
-            self._states[index] = trees.take_rows(tensors, slice(at, at + 1))
+            self._states.put(index, trees.take_rows(tensors, slice(at, at + 1)))
 
     # -- inside ---------------------------------------------------------------------------------
 
@@ -274,7 +280,7 @@ class ClientHost:
         for commit in commits:
             for index in commit.accepted.tolist():
                 assert self._has_staged(index, commit.round_index), "accepted, so it answered"
-                self._states[index] = self._staged[index].local.state
+                self._states.put(index, self._staged[index].local.state)
                 self._changed.add(index)
 
     def _stacks(self, index: Iterable[int]) -> list[list[int]]:
@@ -296,13 +302,9 @@ class ClientHost:
 
     def _state_rows(self, members: Sequence[int]) -> Any:
         """States of the members; clients that never took part have their first one."""
-        first = None
-        rows = []
-        for i in members:
-            if i not in self._states and first is None:
-                first = self._algorithm.init_client(self._start_P, 1)
-            rows.append(self._states.get(i, first))
-        return trees.concatenate(rows)
+        unseen = any(i not in self._states for i in members)
+        first = self._algorithm.init_client(self._start_P, 1) if unseen else None
+        return trees.concatenate([self._states.get(i, first) for i in members])
 
     def _train(
         self,

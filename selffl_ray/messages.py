@@ -36,7 +36,10 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run of one method: everything that a host needs to build its half."""
+    """One run of one method: everything that a host needs to build its half.
+
+    state_folder: where hosts keep their clients' state on disk; None keeps it in memory.
+    """
 
     method: Component
     model: ModelConfig
@@ -45,6 +48,7 @@ class RunSpec:
     seed: int
     start_params: npt.NDArray[Any]
     stack_size: int
+    state_folder: str | None = None
 
 
 class Commit(NamedTuple):

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -97,6 +97,9 @@ class RunLoop:
         self._control = control
         self._digest = run_digest(prepared, writer.schedule)
         self._checkpoints = writer.folder / "checkpoints"
+        on_disk = prepared.config.placement.state_store == "disk"
+        folder = str(writer.folder.absolute()) if on_disk else None
+        self._spec = replace(prepared.run_spec, state_folder=folder)
         self._all_states_next = True
         self._events = EventBook()
         self._reached = -1
@@ -124,7 +127,7 @@ class RunLoop:
                 if lost:
                     self._pool.revive(lost)
                 else:
-                    self._pool.begin(self._prepared.run_spec, self._prepared.algorithm)
+                    self._pool.begin(self._spec, self._prepared.algorithm)
                 place, lost = self._restore(), ()
                 return self._rounds(place)
             except StateLostError as error:

@@ -41,7 +41,9 @@ class Rows(NamedTuple):
 
     def take(self, index_CB: Tensor) -> tuple[Tensor, Tensor]:
         """The examples at (C, B) positions within each client's own rows."""
-        at = (index_CB + self.start_C.to(index_CB.device).unsqueeze(1)).flatten()
+        # Waiting for the copy would have each step wait for the device.
+        start_C = self.start_C.to(index_CB.device, non_blocking=True)
+        at = (index_CB + start_C.unsqueeze(1)).flatten()
         shape = index_CB.shape
         x = self.x.index_select(0, at).view(*shape, *self.x.shape[1:])
         return x, self.y.index_select(0, at).view(*shape, *self.y.shape[1:])
@@ -172,7 +174,7 @@ class Step:
         count = int(self.active_C.sum())
         first = bool(self.active_C[:count].all())
         self.pick = slice(0, count) if first else self.active_C.nonzero().flatten()
-        self.loss_A = torch.zeros(count)
+        self.loss_A = torch.zeros(count, device=self._stack.train.x.device)
 
     def batch(self, stream: str | None = None) -> Batch:
         """This step's batch of the active rows; other names are independent streams."""
@@ -262,7 +264,7 @@ def local_sgd(
     # Not by way of float32, which would cost a float64 model its last digits.
     rate_C1 = torch.as_tensor(rate, dtype=torch.float64).to(theta_CP).expand(count).unsqueeze(1)
     velocity_CP = torch.zeros_like(theta_CP) if config.momentum else None
-    loss_C = torch.zeros(count, dtype=torch.float64)
+    loss_C = torch.zeros(count, dtype=torch.float64, device=theta_CP.device)
     parts = [slice(0, theta_CP.shape[1])] if trainable is None else _runs(trainable)
     step = Step(stack, stream, steps_C)
     for index in range(int(steps_C.max())):
@@ -279,10 +281,10 @@ def local_sgd(
             subtract(theta_CP, (pick, part), grad_AP[:, part].mul_(rate_C1[pick]))
         if after_step is not None:
             _replace(theta_CP, pick, parts, after_step)
-        loss_C[pick] += step.loss_A.cpu()
+        loss_C[pick] += step.loss_A
         if observe is not None:
             seen = observe(seen, theta_CP, step)
-    return Trained(theta_CP, carry, seen, loss_C / steps_C.clamp(min=1), steps_C)
+    return Trained(theta_CP, carry, seen, loss_C.cpu() / steps_C.clamp(min=1), steps_C)
 
 
 def _own_gradient(carry: Any, theta_CP: Tensor, step: Step) -> tuple[Any, Tensor]:
@@ -358,7 +360,9 @@ def observe_tail(tail: Tail, theta_CP: Tensor, step: Step) -> Tail:
         return tail
     away_CP = theta_CP - tail.origin
     if not bool(take_C.all()):
-        away_CP = torch.where(take_C.to(away_CP.device).unsqueeze(1), away_CP, 0.0)
+        away_CP = torch.where(
+            take_C.to(away_CP.device, non_blocking=True).unsqueeze(1), away_CP, 0.0
+        )
     square_CP = None if tail.square_CP is None else tail.square_CP + away_CP.double().square()
     return Tail(tail.sum_CP + away_CP, square_CP, tail.origin)
 

@@ -23,6 +23,9 @@ from selffl_ray.flat import Groups
 from selffl_ray.seeding import generator
 from selffl_ray.training import Stack, Tail
 
+CACHE_BYTES = 4 * 2**20
+"""What a gradient of some chunks works on should fit into so much of a CPU's cache."""
+
 EXAMPLES_AT_ONCE = 32
 """Per-example gradients held in memory together."""
 
@@ -112,7 +115,8 @@ def deshrunk_uploads(observed: Observed, groups: Groups) -> tuple[Tensor, Tensor
 class ChunkGradients(NamedTuple):
     """Mean gradient of one chunk of the clients ``rows`` (positions in the stack).
 
-    share_A: examples of the chunk over examples of the client; num_chunks: J of these clients.
+    share_A: examples of the chunk over examples of the client; num_chunks: J of these clients;
+    grad_AP: overwritten when the next one is asked for.
     """
 
     rows: Tensor
@@ -135,13 +139,27 @@ def chunk_gradients(stack: Stack, theta_P: Tensor, num_chunks: int) -> Iterator[
         length = 1 << (math.ceil(longest / pieces) - 1).bit_length()
         alike.setdefault((count, pieces, length), []).append(row)
     for (count, pieces, length), members in alike.items():
-        orders = [_random_order(stack, row) for row in members]
-        rows = torch.tensor(members)
-        for j in range(count):
-            chunks = [o[len(o) * j // count : len(o) * (j + 1) // count] for o in orders]
-            share = [len(c) / len(o) for c, o in zip(chunks, orders, strict=True)]
-            grad_AP = _chunk_gradient(stack, theta_P, rows, chunks, pieces=pieces, length=length)
-            yield ChunkGradients(rows, count, torch.tensor(share, dtype=torch.float64), grad_AP)
+        for few in np.array_split(members, math.ceil(len(members) / _rows_at_once(stack, length))):
+            orders = [_random_order(stack, row) for row in few.tolist()]
+            rows = torch.from_numpy(few)
+            scratch_AP = theta_P.new_empty((len(few), len(theta_P)))
+            for j in range(count):
+                chunks = [o[len(o) * j // count : len(o) * (j + 1) // count] for o in orders]
+                share = [len(c) / len(o) for c, o in zip(chunks, orders, strict=True)]
+                _chunk_gradient(
+                    stack, theta_P, rows, chunks, out_AP=scratch_AP, pieces=pieces, length=length
+                )
+                share_A = torch.tensor(share, dtype=torch.float64)
+                yield ChunkGradients(rows, count, share_A, scratch_AP)
+
+
+def _rows_at_once(stack: Stack, length: int) -> int:
+    """Clients whose chunks and gradients fit a processor's cache together; on a GPU all."""
+    if stack.engine.device.type != "cpu":
+        return stack.num_clients
+    example = stack.train.x[:1].nbytes
+    gradient = stack.spec.num_params * stack.spec.dtype.itemsize
+    return max(1, CACHE_BYTES // (length * example + gradient))
 
 
 def _random_order(stack: Stack, row: int) -> np.ndarray:
@@ -155,12 +173,12 @@ def _chunk_gradient(
     rows: Tensor,
     chunks: list[np.ndarray],
     *,
+    out_AP: Tensor,
     pieces: int,
     length: int,
-) -> Tensor:
+) -> None:
     """Mean gradient of one chunk a client, computed in pieces of one padded length."""
-    total_AP = torch.zeros((len(rows), stack.spec.num_params), dtype=theta_P.dtype)
-    total_AP = total_AP.to(theta_P.device)
+    part_AP = out_AP
     train = stack.train.select(rows)
     for piece in range(pieces):
         index = np.zeros((len(rows), length), dtype=np.int64)
@@ -172,8 +190,11 @@ def _chunk_gradient(
         x, y = train.take(torch.from_numpy(index).to(train.x.device))
         weights = torch.from_numpy(weight).to(theta_P)
         theta_AP = theta_P.expand(len(rows), -1)
-        total_AP += stack.engine.loss_and_grad(theta_AP, x, y, weights)[1]
-    return total_AP
+        stack.engine.loss_and_grad(theta_AP, x, y, weights, part_AP)
+        if piece == 0:
+            part_AP = torch.empty_like(out_AP) if pieces > 1 else out_AP
+        else:
+            out_AP += part_AP
 
 
 def example_gradients(stack: Stack, theta_P: Tensor, row: int) -> Iterator[Tensor]:

@@ -48,6 +48,9 @@ class PlacementConfig:
     """auto trains on the GPU that Ray assigns, if there is a share; cpu always on the CPU."""
     backend: Literal["ray", "local"] = "ray"
     """local runs everything in this process, without Ray."""
+    state_store: Literal["memory", "disk"] = "memory"
+    """Where hosts keep what their clients keep between rounds: in memory, or in the run's folder on
+    the host's machine, for more clients than fit. The files go with the run."""
 
     def __post_init__(self) -> None:
         for name in ("clients_per_actor", "stack_size"):

@@ -109,7 +109,7 @@ def test_a_method_meets_those_that_answer_and_a_round_of_nobody_changes_nothing(
         assert all(np.isfinite(value) for value in metrics.values())
     # Who never counted has kept the state that it had before the first round.
     ever = set(np.concatenate([plan.cohort for plan in prepared.plans]).tolist())
-    assert set(done.pool.transport._hosts[0]._states) <= ever
+    assert set(done.pool.transport._hosts[0]._states.indices()) <= ever
     never = dataclasses.replace(prepared.evaluation, rounds=frozenset())
     unseen = dataclasses.replace(prepared, evaluation=never)
     assert harness.digests(done) == harness.digests(harness.finish(unseen, 5))

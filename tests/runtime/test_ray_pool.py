@@ -9,6 +9,7 @@ from collections import Counter
 
 import psutil
 import pytest
+import torch
 
 from selffl_ray import api
 from selffl_ray.config import load_config
@@ -82,6 +83,7 @@ def test_resource_classes_give_gpus_to_those_who_match(local_ray, tmp_path):
     assert gpus[2:] == [[], []]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_a_gpu_share_without_a_cuda_device_is_one_line_with_the_remedy(local_ray, tmp_path):
     config = load_config(None, (*GAUSSIAN, "placement.gpus_per_client=0.25"))
     with pytest.raises(PlacementError, match="torch sees no CUDA device") as caught:

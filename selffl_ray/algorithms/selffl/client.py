@@ -78,7 +78,7 @@ def initial_models(context: Context, shared: Shared, per_client: PerClient, stat
         return global_CP
     q = context.groups.spread(per_client.weight_CG).to(global_CP)
     safe_q = torch.where(q <= 0.5, q, 0.0)
-    others_CP = (global_CP - safe_q * state.upload_CP) / (1 - safe_q)
+    others_CP = (global_CP - safe_q * state.upload_CP).div_(1 - safe_q)
     return torch.where(q <= 0.5, others_CP, shared.others_P.expand(count, -1))
 
 

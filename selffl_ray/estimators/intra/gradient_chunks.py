@@ -21,6 +21,7 @@ from selffl_ray.estimators.intra_base import (
     Observed,
     chunk_gradients,
 )
+from selffl_ray.flat import in_blocks
 from selffl_ray.registry import register_intra_estimator
 
 
@@ -72,10 +73,14 @@ def estimate_chunks(observed: Observed, context: IntraContext, num_chunks: int) 
     square_CG = torch.zeros((stack.num_clients, groups.num_groups), dtype=torch.float64)
     chunks_C1 = torch.ones((stack.num_clients, 1), dtype=torch.float64)
     for part in chunk_gradients(stack, observed.global_P, num_chunks):
-        share_A1 = part.share_A.unsqueeze(1)
-        weighted = part.grad_AP.double() * share_A1.to(mean_CP.device)
-        mean_CP.index_add_(0, part.rows.to(mean_CP.device), weighted)
-        square_CG.index_add_(0, part.rows, groups.mean_square(part.grad_AP).cpu() * share_A1)
+        start = 0
+        for grad_BP in in_blocks(part.grad_AP):
+            block = slice(start, start := start + len(grad_BP))
+            rows, share_B1 = part.rows[block], part.share_A[block].unsqueeze(1)
+            exact_BP = grad_BP.to(torch.float64, copy=True)
+            square_CG.index_add_(0, rows, groups.mean_square(exact_BP).cpu() * share_B1)
+            weighted_BP = exact_BP.mul_(share_B1.to(mean_CP.device))
+            mean_CP.index_add_(0, rows.to(mean_CP.device), weighted_BP)
         chunks_C1[part.rows] = float(part.num_chunks)
     spread_CG = (square_CG - groups.mean_square(mean_CP).cpu()).clamp(min=0.0)
     var_CG = torch.where(chunks_C1 > 1, spread_CG / (chunks_C1 - 1).clamp(min=1), torch.nan)

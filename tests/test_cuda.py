@@ -1,0 +1,105 @@
+"""The same code on a CUDA device: stacks live there, agree with the CPU, and no step waits for it.
+
+Bits differ from the CPU's (libraries choose kernels by size there), so results are compared within
+rounding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from selffl_ray import trees
+from selffl_ray.driver import run_rounds
+from selffl_ray.host import ClientHost
+from selffl_ray.pool import ClientPool, LocalTransport
+from selffl_ray.registry import algorithms
+from selffl_ray.training import local_sgd, observe_tail, start_tail
+from tests.contract.harness import as_allowed
+from tests.runtime.placements import prepared_with
+from tests.test_digests_local import CNN, DIGITS
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="torch sees no CUDA device on this machine"
+)
+
+MODELS = {"mlp": DIGITS, "cnn": CNN}
+
+
+def rounds_on(device, prepared):
+    """Server's tensors and losses after every round, with all clients in one host."""
+    pool = ClientPool(LocalTransport(1, torch.device(device)), [0] * len(prepared.clients))
+    pool.load(prepared.data_spec, prepared.clients)
+    pool.begin(prepared.run_spec, prepared.algorithm)
+    from benchmarks.in_process import run_of
+
+    start_P = torch.from_numpy(prepared.run_spec.start_params.copy())
+    records = list(run_rounds(run_of(prepared, pool), prepared.algorithm.init(start_P)))
+    params = [dict(trees.leaves(record.server)) for record in records]
+    return params, [record.metrics["train/loss"] for record in records]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", algorithms.names())
+def test_every_method_trains_on_the_device_as_on_the_cpu(method, model):
+    prepared = prepared_with(*as_allowed(method, MODELS[model]), f"method={method}")
+    (on_cpu, cpu_loss), (on_gpu, gpu_loss) = (rounds_on(d, prepared) for d in ("cpu", "cuda"))
+    np.testing.assert_allclose(gpu_loss, cpu_loss, rtol=1e-3)
+    for one, other in zip(on_cpu, on_gpu, strict=True):
+        for name, leaf in one.items():
+            found = other[name].cpu().double()
+            assert torch.allclose(found, leaf.double(), rtol=1e-2, atol=1e-3, equal_nan=True), name
+
+
+def stack_on_device():
+    prepared = prepared_with(*DIGITS, "method=fedavg")
+    host = ClientHost(torch.device("cuda"))
+    host.load(prepared.data_spec, dict(enumerate(prepared.clients)))
+    host.begin(prepared.run_spec)
+    members = host._stacks(range(len(prepared.clients)))[0]
+    assert len(members) > 1
+    return host._stack(members, prepared.plans[0]), host._start_P
+
+
+def test_examples_parameters_and_gradients_are_on_the_device():
+    stack, start_P = stack_on_device()
+    found = []
+
+    def look(seen, theta_CP, step):
+        batch = step.batch()
+        found.extend((theta_CP, batch.x, batch.y, batch.weight, step.loss_A))
+        return seen
+
+    trained = local_sgd(stack, start=start_P, observe=look)
+    assert {tensor.device.type for tensor in (*found, trained.params_CP)} == {"cuda"}
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_no_step_waits_for_the_device(watched):
+    """From the end of the first step to the end of the last: drawing batches comes before."""
+    stack, start_P = stack_on_device()
+    last = int(stack.num_steps_C.max()) - 1
+    assert last > 1
+
+    def look(seen, theta_CP, step):
+        seen = observe_tail(seen, theta_CP, step) if watched else seen
+        torch.cuda.set_sync_debug_mode("error" if step.index < last else "default")
+        return seen
+
+    tail = start_tail(start_P, stack.num_clients, squares=True) if watched else None
+    try:
+        local_sgd(stack, start=start_P, observe=look, seen=tail)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_waiting_would_be_noticed():
+    """The test above can fail: reading a number back is refused in that mode."""
+    number = torch.ones(3, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            number.sum().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
