@@ -6,11 +6,13 @@ so a reader never sees half a file. Column names are those of the contract.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +44,22 @@ ALIASES = {
 COUNTS = {"bytes_down", "bytes_up", "participants", "faults"}
 
 
+@contextlib.contextmanager
+def _draft(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes the path if all goes well, and vanishes otherwise."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield draft
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole: under a temporary name that is renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    with _draft(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -155,16 +167,16 @@ class RunTables:
             self._write("rounds", pa.table(columns))
         for name, parts in (("clients", self._clients), ("uncertainty", self._uncertainty)):
             if parts:
-                table = pa.concat_tables(parts)
+                # Chunks of a round each weigh several times what they hold.
+                table = pa.concat_tables(parts).combine_chunks()
                 parts[:] = [table]
                 self._write(name, table)
+        _give_back()
 
     def _write(self, name: str, table: pa.Table) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{name}.parquet"
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        pq.write_table(table, draft)
-        draft.replace(path)
+        with _draft(self.folder / f"{name}.parquet") as draft:
+            pq.write_table(table, draft)
 
     def rows(self) -> list[Mapping[str, Any]]:
         """A row for each round, in order; what was not measured is absent."""
@@ -177,6 +189,15 @@ class RunTables:
     def last_round(self) -> Mapping[str, Any] | None:
         """Row of the newest round."""
         return self._rounds[-1] if self._rounds else None
+
+
+def _give_back() -> None:
+    """Return what writing took to the system: each time it is more, and freed pieces would stay."""
+    pa.default_memory_pool().release_unused()
+    # Of glibc only.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _nullable(values: np.ndarray, has: np.ndarray) -> pa.Array:
