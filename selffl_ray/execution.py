@@ -17,6 +17,8 @@ from selffl_ray.run_writer import Job, RunWriter
 from selffl_ray.runtime.actors import Control
 from selffl_ray.runtime.placement import PlacementPlan
 
+logger = logging.getLogger(__name__)
+
 
 def run_jobs(
     control: Control, jobs: Sequence[Job], plan: PlacementPlan, label: str
@@ -95,14 +97,27 @@ def _run_one(
     try:
         status = RunLoop(prepared, pool, writer, control).go()
     except BaseException as error:
-        writer.finish("FAILED", str(error) or type(error).__name__)
+        try:
+            writer.finish("FAILED", str(error) or type(error).__name__)
+        except OSError as full:
+            # The cause of the end matters more.
+            logger.warning("tables of %s cannot be written: %s", writer.folder, full)
         if isinstance(error, UsageError) or not isinstance(error, Exception):
             raise
-        newest = latest_checkpoint(writer.folder / "checkpoints")
         cause = str(error) if isinstance(error, SelfFLError) else f"{type(error).__name__}: {error}"
-        where = "there is no checkpoint" if newest is None else f"the last checkpoint is {newest}"
-        raise RunError(f"{cause}; {where}") from error
-    return writer.finish(status)
+        raise RunError(f"{cause}; {_newest(writer)}") from error
+    try:
+        return writer.finish(status)
+    except OSError as error:
+        raise RunError(
+            f"the run ended, but its tables cannot be written to {writer.folder}: {error}; make "
+            f"room and give --resume {writer.folder}; {_newest(writer)}"
+        ) from error
+
+
+def _newest(writer: RunWriter) -> str:
+    newest = latest_checkpoint(writer.folder / "checkpoints")
+    return "there is no checkpoint" if newest is None else f"the last checkpoint is {newest}"
 
 
 def _open_pool(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -37,7 +36,7 @@ from selffl_ray.client_data import ClientData
 from selffl_ray.datasets.splits import ClientRows
 from selffl_ray.errors import ClientError
 from selffl_ray.evaluation import ClientScores, join_scores, score_clients
-from selffl_ray.flat import exact_sum, representable
+from selffl_ray.flat import exact_sum
 from selffl_ray.gradients import RowEngine
 from selffl_ray.messages import (
     ClientFailure,
@@ -45,21 +44,19 @@ from selffl_ray.messages import (
     DataSpec,
     EvalAnswer,
     EvalRequest,
-    FailureKind,
     LocalAnswer,
     LocalRequest,
     ReduceRequest,
     RunSpec,
-    Shapes,
     Split,
     StateRows,
-    shape_cause,
 )
 from selffl_ray.models.build import build_model
 from selffl_ray.participation import RoundPlan
 from selffl_ray.registry import algorithms
 from selffl_ray.states import MemoryStates, States, open_states
 from selffl_ray.training import Stack
+from selffl_ray.updates import check_rows, failure_kind, majority, usable_rows
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +68,6 @@ class _Staged(NamedTuple):
 
     round_index: int
     local: Local
-
-
-class Upload(NamedTuple):
-    """What is sent of an update."""
-
-    payload: Any
-    report: Any
 
 
 class ClientHost:
@@ -139,7 +129,7 @@ class ClientHost:
         for members in self._stacks(fresh):
             failures += self._train(members, at, request.plan, shared, per_client)
         answered = [i for i in at if self._has_staged(i, request.plan.round_index)]
-        good, shapes, refused = _majority({i: self._staged[i].local for i in answered})
+        good, shapes, refused = majority({i: self._staged[i].local for i in answered})
         failures += refused
         locals_ = [self._staged[i].local for i in good]
         means = []
@@ -319,7 +309,7 @@ class ClientHost:
         try:
             before = self._state_rows(members)
             local = self._algorithm.local_update(shared, rows, before, stack)
-            _check_rows(local, before, len(members))
+            check_rows(local, before, len(members))
         except Exception as error:
             if len(members) > 1:
                 # One client's failure must not take its stack along.
@@ -328,7 +318,7 @@ class ClientHost:
             logger.warning("client %s failed: %r", stack.client_ids[0], error)
             cause, kind = failure_kind(error)
             return [ClientFailure(members[0], "local_update", cause, kind)]
-        good_C = self._usable(local)
+        good_C = usable_rows(local)
         failures = []
         for row, index in enumerate(members):
             if bool(good_C[row]):
@@ -338,15 +328,6 @@ class ClientHost:
                 cause = "its update holds NaN, infinity or values of 32768 and more: it diverged"
                 failures.append(ClientFailure(index, "local_update", cause, "diverged"))
         return failures
-
-    def _usable(self, local: Local) -> Tensor:
-        """(C,) bool: rows whose state and payload are finite and fit the exact sums."""
-        good_C = torch.ones(len(local.loss_C), dtype=torch.bool)
-        for part in (local.state, local.payload):
-            for _, leaf in trees.leaves(part):
-                if leaf.is_floating_point():
-                    good_C &= representable(leaf.flatten(1))
-        return good_C
 
     def _personal(
         self, members: Sequence[int], shared: Any, per_client: Any, stack: Stack
@@ -400,55 +381,6 @@ class ClientHost:
                 adapted,
             )
         return self._algorithm.personalize(shared, per_client, state, stack)
-
-
-class _ShapeError(Exception):
-    """An update whose rows do not belong to the clients that were asked."""
-
-
-def _check_rows(local: Local, before: Any, num_clients: int) -> None:
-    """Whether an update has a row for each client, and the state the form that it had.
-
-    Raises:
-        _ShapeError: naming the part, its shape and the right one.
-    """
-    for name, leaf in trees.leaves(local):
-        if leaf.ndim == 0 or len(leaf) != num_clients:
-            rows = "no rows" if leaf.ndim == 0 else f"{len(leaf)} rows"
-            raise _ShapeError(f"its update's {name} has {rows}, expected {num_clients}")
-    was, now = _shapes(before), _shapes(local.state)
-    if was != now:
-        raise _ShapeError(shape_cause(now, was).replace("update", "state", 1))
-
-
-def _shapes(tree: Any) -> Shapes:
-    """Shapes of the leaves of a tree without the client axis."""
-    return tuple((name, tuple(leaf.shape[1:])) for name, leaf in trees.leaves(tree))
-
-
-def _majority(updates: dict[int, Local]) -> tuple[list[int], Shapes | None, list[ClientFailure]]:
-    """Clients whose updates can be added up, their shapes, and a failure of each of the others."""
-    found = {i: _shapes(Upload(u.payload, u.report)) for i, u in updates.items()}
-    if not found:
-        return [], None, []
-    usual = Counter(found.values()).most_common(1)[0][0]
-    failures = [
-        ClientFailure(i, "local_update", shape_cause(shapes, usual), "shape")
-        for i, shapes in found.items()
-        if shapes != usual
-    ]
-    return sorted(i for i in found if found[i] == usual), usual, failures
-
-
-def failure_kind(error: Exception) -> tuple[str, FailureKind]:
-    """An error of a client in words and as a kind."""
-    if isinstance(error, _ShapeError):
-        return str(error), "shape"
-    # On the CPU torch raises a plain RuntimeError.
-    starved = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error)
-    )
-    return repr(error), "memory" if starved else "raised"
 
 
 def resident_bytes() -> int:

@@ -105,15 +105,6 @@ class LocalAnswer(NamedTuple):
     memory_bytes: int
 
 
-def shape_cause(found: Shapes, expected: Shapes) -> str:
-    """In words: what is wrong with an update's shapes."""
-    if [name for name, _ in found] != [name for name, _ in expected]:
-        return f"its update has {len(found)} parts, expected {len(expected)}"
-    wrong = [(n, f, e) for (n, f), (_, e) in zip(found, expected, strict=True) if f != e]
-    name, has, wants = wrong[0]
-    return f"its update's {name} has shape {has}, expected {wants}"
-
-
 class ReduceRequest(NamedTuple):
     """A Total: client indices and their weights."""
 

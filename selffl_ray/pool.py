@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -39,9 +38,9 @@ from selffl_ray.messages import (
     Shapes,
     Split,
     StateRows,
-    shape_cause,
 )
 from selffl_ray.participation import RoundPlan
+from selffl_ray.updates import agreeing
 
 logger = logging.getLogger(__name__)
 
@@ -391,46 +390,6 @@ def balanced_homes(work: Sequence[float], num_hosts: int) -> list[int]:
         homes[client] = host
         load[host] += work[client]
     return [int(h) for h in homes]
-
-
-def agreeing(
-    found: Mapping[int, LocalAnswer], taken: Shapes | None = None
-) -> dict[int, LocalAnswer]:
-    """The answers, with updates of another shape than most clients' turned into failures.
-
-    Sums of updates that do not fit each other would be wrong or impossible. Without a majority none
-    can be trusted.
-
-    Args:
-        taken: shapes of updates that were taken in this round before.
-    """
-    votes: Counter[Shapes] = Counter()
-    for answer in found.values():
-        if answer.shapes is not None:
-            votes[answer.shapes] += len(answer.client_index)
-    if taken is None and votes:
-        best, most = votes.most_common(1)[0]
-        taken = best if 2 * most > votes.total() else None
-    return {h: a if a.shapes in (None, taken) else _refused(a, taken) for h, a in found.items()}
-
-
-def _refused(answer: LocalAnswer, taken: Shapes | None) -> LocalAnswer:
-    """The answer without its updates."""
-    assert answer.shapes is not None
-    cause = "its update has a shape of its own, and no shape has a majority"
-    if taken is not None:
-        cause = shape_cause(answer.shapes, taken)
-    failures = [
-        ClientFailure(index, "local_update", cause, "shape")
-        for index in answer.client_index.tolist()
-    ]
-    return answer._replace(
-        client_index=answer.client_index[:0],
-        reports=None,
-        means=(),
-        failures=(*answer.failures, *failures),
-        shapes=None,
-    )
 
 
 def _add(answers: RoundAnswers, host: int, answer: LocalAnswer) -> None:

@@ -101,6 +101,7 @@ class RunWriter:
         self.tracker: Tracker = self._open_tracker(job)
         self._began = time.monotonic()
         self._raised: set[str] = set()
+        self._full = False
 
     def _open_tracker(self, job: Job) -> Tracker:
         config, uri = self.prepared.config, job.store
@@ -154,8 +155,16 @@ class RunWriter:
         write_json(self.folder / "environment.json", found)
 
     def add(self, record: RoundRecord) -> None:
-        """Tables and tracker take in a round; an alarm is said the first time it is raised."""
-        self.tables.add(record)
+        """Tables and tracker take in a round; an alarm is said the first time it is raised.
+
+        A full disk is said once: the rows stay in memory, and are written as soon as they can be.
+        """
+        try:
+            self.tables.add(record)
+        except OSError as error:
+            if not self._full:
+                logger.warning("tables of %s cannot be written for now: %s", self.folder, error)
+            self._full = True
         measured = {k: v for k, v in record.metrics.items() if not math.isnan(v)}
         self.tracker.log(measured, record.plan.round_index)
         config = self.prepared.config
@@ -167,12 +176,30 @@ class RunWriter:
                 logger.warning("%s, round %d, %s: %s", run, at, alarm.metric, alarm.text)
 
     def finish(self, status: str, error: str | None = None) -> dict[str, Any]:
-        """Write tables and ``summary.json``, end tracking; returns the summary."""
-        self.tables.flush()
+        """Write tables and ``summary.json``, end tracking; returns the summary.
+
+        Raises:
+            OSError: the folder cannot be written to; tracking has ended all the same.
+        """
+        try:
+            self.tables.flush()
+            summary = self._summary(status, error)
+            write_json(self.folder / "summary.json", summary)
+        except OSError:
+            self.tracker.finish("FAILED")
+            raise
+        mlflow_status = {"FINISHED": "FINISHED", "STOPPED": "KILLED"}.get(status, "FAILED")
+        problem = self.tracker.finish(mlflow_status)
+        if isinstance(self.tracker, MLflowTracker):
+            note = {"uri": self.tracker.public_uri, "run_id": self.tracker.run_id}
+            write_json(self.folder / "tracking.json", note)
+        return summary | {"tracking_problem": problem}
+
+    def _summary(self, status: str, error: str | None) -> dict[str, Any]:
         config, task = self.prepared.config, self.prepared.dataset.task
         rows = self.tables.evaluated_rounds()
         newest = self.tables.last_round()
-        summary = {
+        return {
             "status": status,
             "experiment": config.experiment,
             "method": config.method.name,
@@ -190,10 +217,3 @@ class RunWriter:
             "folder": str(self.folder),
             **({"schedule": list(self.schedule)} if self.schedule else {}),
         }
-        write_json(self.folder / "summary.json", summary)
-        mlflow_status = {"FINISHED": "FINISHED", "STOPPED": "KILLED"}.get(status, "FAILED")
-        problem = self.tracker.finish(mlflow_status)
-        if isinstance(self.tracker, MLflowTracker):
-            note = {"uri": self.tracker.public_uri, "run_id": self.tracker.run_id}
-            write_json(self.folder / "tracking.json", note)
-        return summary | {"tracking_problem": problem}

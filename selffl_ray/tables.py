@@ -6,6 +6,7 @@ so a reader never sees half a file. Column names are those of the contract.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import time
@@ -181,9 +182,11 @@ class RunTables:
             ("participation", self._participation),
         ):
             if parts:
-                table = pa.concat_tables(parts)
+                # Chunks of a round each weigh several times what they hold.
+                table = pa.concat_tables(parts).combine_chunks()
                 parts[:] = [table]
                 self._write(name, table)
+        _give_back()
 
     def _write(self, name: str, table: pa.Table) -> None:
         path = self.folder / f"{name}.parquet"
@@ -200,6 +203,15 @@ class RunTables:
     def last_round(self) -> Mapping[str, Any] | None:
         """Row of the newest round."""
         return self._rounds[-1] if self._rounds else None
+
+
+def _give_back() -> None:
+    """Return what writing took to the system: each time it is more, and freed pieces would stay."""
+    pa.default_memory_pool().release_unused()
+    # Of glibc only.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _nullable(values: np.ndarray, has: np.ndarray) -> pa.Array:

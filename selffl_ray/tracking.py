@@ -303,8 +303,12 @@ class MLflowTracker:
             for metrics, step, stamp in (item for item in items if item is not None)
         ]
         if lines:
-            with (self._folder / "untracked.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(lines)
+            try:
+                with (self._folder / "untracked.jsonl").open("a", encoding="utf-8") as file:
+                    file.writelines(lines)
+            except OSError as error:
+                # The same numbers are in the tables.
+                logger.warning("%s: %s", self._folder / "untracked.jsonl", error)
 
 
 def open_sweep(

@@ -9,12 +9,18 @@ from pathlib import Path
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have ``write`` make a file under a temporary name beside it, then give it its name."""
+    """Have ``write`` make a file under a temporary name beside it, then give it its name.
+
+    Where that fails, on a full disk say, the temporary file vanishes and the old one stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    write(draft)
-    sync(draft)
-    draft.replace(path)
+    try:
+        write(draft)
+        sync(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
     sync(path.parent)
 
 

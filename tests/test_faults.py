@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from selffl_ray.errors import ConfigError
-from selffl_ray.faults import Abort, FaultsConfig, Proceed, Retry, decide
+from selffl_ray.faults import Abort, FaultsConfig, Proceed, Replace, Retry, decide, outcome_of
 from selffl_ray.messages import ClientFailure
 
 
@@ -54,6 +54,29 @@ def test_a_decision_follows_from_share_failures_and_attempt(
         assert isinstance(decision, Abort)
     else:
         assert decision == expected
+
+
+@pytest.mark.parametrize(
+    ("attempt", "renewed", "retries", "expected"),
+    [
+        (0, (), 1, Retry((0,))),
+        (1, (), 1, Replace((0,))),
+        # A fresh host did not help: its attempts, and then the round goes on without the client.
+        (0, (0,), 1, Retry((0,))),
+        (1, (0,), 1, Proceed()),
+        (0, (), 0, Proceed()),
+    ],
+)
+def test_a_host_that_still_lacks_memory_is_replaced_once(attempt, renewed, retries, expected):
+    found = [ClientFailure(0, "local_update", "cause", "memory")]
+    assert decide(FaultsConfig(max_retries=retries), 4, found, attempt, renewed) == expected
+
+
+def test_what_a_decision_means_for_a_client():
+    assert outcome_of(Retry((1,)), 1) == "retried"
+    assert outcome_of(Replace((1,)), 1) == "replaced"
+    assert outcome_of(Retry((1,)), 2) == outcome_of(Proceed(), 1) == "left out"
+    assert outcome_of(Abort(""), 1) == "aborted"
 
 
 @pytest.mark.parametrize("retries", [0, 1, 3])

@@ -52,6 +52,8 @@ def follow(
     except RayTaskError as error:
         if isinstance(error.cause, SelfFLError):
             raise error.cause from error
+        if isinstance(error.cause, OSError):
+            raise RunError(f"{type(error.cause).__name__}: {error.cause}") from error
         raise
     except GetTimeoutError as error:
         raise RunError(

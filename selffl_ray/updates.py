@@ -1,0 +1,135 @@
+"""Which updates can be added up: those that have the clients' rows and one shape.
+
+Nobody knows beforehand which shape a method's updates have, so the shape that most clients of a
+round have is taken for the right one, first within a host and then among the hosts. If all agree on
+a wrong one, the driver finds that the server's state would change its shape.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from selffl_ray import trees
+from selffl_ray.algorithms.base import Local
+from selffl_ray.flat import representable
+from selffl_ray.messages import ClientFailure, FailureKind, LocalAnswer, Shapes
+
+
+class Upload(NamedTuple):
+    """What is sent of an update."""
+
+    payload: Any
+    report: Any
+
+
+class ShapeError(Exception):
+    """An update whose rows do not belong to the clients that were asked."""
+
+
+def check_rows(local: Local, before: Any, num_clients: int) -> None:
+    """Whether an update has a row for each client, and the state the form that it had.
+
+    Raises:
+        ShapeError: naming the part, its shape and the right one.
+    """
+    for name, leaf in trees.leaves(local):
+        if leaf.ndim == 0 or len(leaf) != num_clients:
+            rows = "no rows" if leaf.ndim == 0 else f"{len(leaf)} rows"
+            raise ShapeError(f"its update's {name} has {rows}, expected {num_clients}")
+    was, now = _shapes(before), _shapes(local.state)
+    if was != now:
+        raise ShapeError(shape_cause(now, was).replace("update", "state", 1))
+
+
+def _shapes(tree: Any) -> Shapes:
+    """Shapes of the leaves of a tree without the client axis."""
+    return tuple((name, tuple(leaf.shape[1:])) for name, leaf in trees.leaves(tree))
+
+
+def majority(updates: dict[int, Local]) -> tuple[list[int], Shapes | None, list[ClientFailure]]:
+    """Clients whose updates can be added up, their shapes, and a failure of each of the others."""
+    found = {i: _shapes(Upload(u.payload, u.report)) for i, u in updates.items()}
+    if not found:
+        return [], None, []
+    usual = Counter(found.values()).most_common(1)[0][0]
+    failures = [
+        ClientFailure(i, "local_update", shape_cause(shapes, usual), "shape")
+        for i, shapes in found.items()
+        if shapes != usual
+    ]
+    return sorted(i for i in found if found[i] == usual), usual, failures
+
+
+def usable_rows(local: Local) -> Tensor:
+    """(C,) bool: rows whose state and payload are finite and fit the exact sums."""
+    good_C = torch.ones(len(local.loss_C), dtype=torch.bool)
+    for part in (local.state, local.payload):
+        for _, leaf in trees.leaves(part):
+            if leaf.is_floating_point():
+                good_C &= representable(leaf.flatten(1))
+    return good_C
+
+
+def failure_kind(error: Exception) -> tuple[str, FailureKind]:
+    """An error of a client in words and as a kind."""
+    if isinstance(error, ShapeError):
+        return str(error), "shape"
+    # On the CPU torch raises a plain RuntimeError.
+    starved = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
+    return repr(error), "memory" if starved else "raised"
+
+
+def agreeing(
+    found: Mapping[int, LocalAnswer], taken: Shapes | None = None
+) -> dict[int, LocalAnswer]:
+    """The answers, with updates of another shape than most clients' turned into failures.
+
+    Sums of updates that do not fit each other would be wrong or impossible. Without a majority none
+    can be trusted.
+
+    Args:
+        taken: shapes of updates that were taken in this round before.
+    """
+    votes: Counter[Shapes] = Counter()
+    for answer in found.values():
+        if answer.shapes is not None:
+            votes[answer.shapes] += len(answer.client_index)
+    if taken is None and votes:
+        best, most = votes.most_common(1)[0]
+        taken = best if 2 * most > votes.total() else None
+    return {h: a if a.shapes in (None, taken) else _refused(a, taken) for h, a in found.items()}
+
+
+def _refused(answer: LocalAnswer, taken: Shapes | None) -> LocalAnswer:
+    """The answer without its updates."""
+    assert answer.shapes is not None
+    cause = "its update has a shape of its own, and no shape has a majority"
+    if taken is not None:
+        cause = shape_cause(answer.shapes, taken)
+    failures = [
+        ClientFailure(index, "local_update", cause, "shape")
+        for index in answer.client_index.tolist()
+    ]
+    return answer._replace(
+        client_index=answer.client_index[:0],
+        reports=None,
+        means=(),
+        failures=(*answer.failures, *failures),
+        shapes=None,
+    )
+
+
+def shape_cause(found: Shapes, expected: Shapes) -> str:
+    """In words: what is wrong with an update's shapes."""
+    if [name for name, _ in found] != [name for name, _ in expected]:
+        return f"its update has {len(found)} parts, expected {len(expected)}"
+    wrong = [(n, f, e) for (n, f), (_, e) in zip(found, expected, strict=True) if f != e]
+    name, has, wants = wrong[0]
+    return f"its update's {name} has shape {has}, expected {wants}"
