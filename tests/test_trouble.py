@@ -401,3 +401,17 @@ def test_who_drops_out_by_simulation_is_no_fault(tmp_path):
     with pytest.raises(RunError, match=f"round 0: only {left - 1} of {left} clients answered"):
         run_experiment(bad, output=tmp_path / "bad")
     assert left < plan.num_asked
+
+
+def test_selffl_says_that_deshrinking_does_not_know_of_partial_work():
+    trouble = ("training.trouble={late: partial, deadline: 5.0, stragglers: {}}",)
+    shrunk = ("method={name: selffl, preset: exact, aggregation: deshrunk}",)
+
+    def said(*settings):
+        return any(
+            "deshrunk" in c for c in prepare_experiment(load_config(None, settings)).cautions
+        )
+
+    assert said(*shrunk, *trouble)
+    assert not said(*shrunk)
+    assert not said(*trouble)

@@ -63,4 +63,14 @@ def selffl(config: SelfFLConfig, federation: Federation) -> Algorithm:
         else partial(client.personalize, context),
         adapt=None if context.keeps_personal else client.keep_state,
         traffic=partial(server.traffic, context),
+        cautions=_cautions(config, federation),
     )
+
+
+def _cautions(config: SelfFLConfig, federation: Federation) -> tuple[str, ...]:
+    if config.aggregation == "deshrunk" and federation.training.trouble.late == "partial":
+        return (
+            "aggregation deshrunk undoes the early stop that was planned; of clients that hand in "
+            "partial work (training.trouble.late) it undoes too little",
+        )
+    return ()
