@@ -340,6 +340,8 @@ def _line(cells: Sequence[str]) -> str:
 def page(rows: pd.DataFrame, skipped: Sequence[str]) -> str:
     """The whole Markdown page."""
     parts = ["# Seven real data sets", f"Command: `{command(rows)}`", sets_table(rows), NOTE]
+    if rows.groupby("set")["seed"].nunique().nunique() > 1:
+        parts.append("Not every set has all seeds yet; the command with `--resume` adds the rest.")
     if skipped:
         parts.append(f"Not run, their files were not there: {', '.join(skipped)}.")
     there = [name for name in EXPECTED if name in set(rows["set"])]

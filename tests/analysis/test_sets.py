@@ -164,6 +164,9 @@ def test_the_page_has_the_command_that_makes_it_without_a_folder_of_this_machine
     command = "python -m analysis.sets --sets watch,fsdd --source fsdd=FOLDER --seeds 0,1"
     assert f"Command: `{command}`" in text
     assert "Not run, their files were not there: mnist." in text
+    assert "Not every set has all seeds yet" not in text
+    more = frame(*rows.to_dict("records"), row("watch", "fedavg", 1, 0.9, 0.9))
+    assert "Not every set has all seeds yet" in sets.page(more, [])
     every = frame(*(row(name, "fedavg", 0, 0.9, 0.9) for name in KINDS))
     assert "`python -m analysis.sets --seeds 0`" in sets.page(every, [])
 
