@@ -26,7 +26,7 @@ def row(name, label, seed, global_, local, **more):
     values = {
         "set": name, "label": label, "seed": seed, "settings": f"{label}-{seed}", "source": "found",
         "clients": 14, "examples": 1000 + 2 * seed, "model": "mlp", "weights": 4810, "rounds": 30,
-        "global": global_, "local": local, "seconds": 1.0, "data_digest": "abc",
+        "global": global_, "local": local, "data_digest": "abc",
     }  # fmt: skip
     return values | more
 
@@ -108,12 +108,12 @@ DIGITS = frame(
 
 def test_a_row_of_the_table_is_the_mean_over_seeds_with_its_t_interval():
     header, _, line = sets.sets_table(DIGITS).splitlines()
-    assert cells(header)[6:] == [
+    assert cells(header)[7:] == [
         f"{m} {s}" for m in ("selffl-two_tap", "fedavg", "local") for s in ("global", "local")
     ]
     half = f"{T_975_DF2 * 1.0 / math.sqrt(3):.1f}"  # sample deviation of 0, 1, 2 points is 1
     assert cells(line) == [
-        "digits", "images", "14", "1,002", "mlp, 4,810 weights", "30",
+        "digits", "images", "14", "1,002", "mlp, 4,810 weights", "30", "3",
         f"96.0 ± {half}", f"98.0 ± {half}", "95.0", "95.0", "60.0", f"98.0 ± {half}",
     ]  # fmt: skip
 
@@ -164,6 +164,9 @@ def test_the_page_has_the_command_that_makes_it_without_a_folder_of_this_machine
     command = "python -m analysis.sets --sets watch,fsdd --source fsdd=FOLDER --seeds 0,1"
     assert f"Command: `{command}`" in text
     assert "Not run, their files were not there: mnist." in text
+    assert "Not every set has all seeds yet" not in text
+    more = frame(*rows.to_dict("records"), row("watch", "fedavg", 1, 0.9, 0.9))
+    assert "Not every set has all seeds yet" in sets.page(more, [])
     every = frame(*(row(name, "fedavg", 0, 0.9, 0.9) for name in KINDS))
     assert "`python -m analysis.sets --seeds 0`" in sets.page(every, [])
 
@@ -214,14 +217,14 @@ def test_two_sets_are_run_into_one_table_and_resumed_where_they_were_left(tiny):
     assert first["global"].between(0.05, 1).all()
 
     # One run is lost, one is of other settings: these two are run again, the others are kept.
-    kept = first.assign(seconds=99.0).drop(index=1)
+    kept = first.assign(weights=1).drop(index=1)
     kept.loc[3, "settings"] = "of yesterday"
     kept.to_csv(output.with_suffix(".csv"), index=False)
     both = ["--sets", "digits,mnist", "--source", f"mnist={mnist}", "--resume"]
     assert sets.main([*both, *common]) == 0
     second = sets.read_rows(output.with_suffix(".csv"))
     digits = second[second["set"] == "digits"]
-    assert (digits["seconds"] == 99.0).sum() == len(first) - 2
+    assert (digits["weights"] == 1).sum() == len(first) - 2
     scores = ["label", "seed", "settings", "global", "local"]
     again = digits[scores].sort_values(["label", "seed"], ignore_index=True)
     pd.testing.assert_frame_equal(
@@ -259,6 +262,18 @@ def test_a_set_whose_files_are_not_there_is_an_error_with_the_remedy_or_skipped(
     only = ["--sets", "sotu", "--output", str(tiny / "none"), "--skip-missing"]
     assert sets.main(only) == 2
     assert "nothing to run" in capsys.readouterr().err
+
+
+def test_rows_of_other_seeds_and_sets_are_kept_and_those_of_old_settings_are_not():
+    (job,) = [j for j in sets.jobs("digits", None, [5]) if j.label == "local"]
+    rows = frame(
+        row("digits", "local", 5, 0.9, 0.9, settings=job.settings),
+        row("digits", "local", 6, 0.9, 0.9, settings=job.settings[::-1]),
+        row("watch", "local", 6, 0.9, 0.9),
+    )
+    assert sets.current(rows, ["digits"])["seed"].tolist() == [5, 6]
+    assert sets.current(rows, ["digits"])["set"].tolist() == ["digits", "watch"]
+    assert sets.current(rows.iloc[:0], ["digits"]).empty
 
 
 @pytest.mark.parametrize(
