@@ -30,7 +30,7 @@ from unittest import mock
 
 import pandas as pd
 
-from benchmarks import memory
+from benchmarks import scale_memory
 from benchmarks.in_process import Bench
 from benchmarks.workloads import workload_config
 from selffl_ray import run_experiment, training
@@ -144,13 +144,13 @@ def memory_rules(passes: int) -> Iterator[Finding]:
     model = ("model.hidden=[200]", "method=selffl", "training.num_rounds=2")
     driver = []
     for count in (100, 1000, 10_000):
-        driver.append(memory.alone(memory.in_driver, memory.federation(count, *model)))
+        driver.append(scale_memory.alone(memory.in_driver, scale_memory.federation(count, *model)))
         yield Finding(f"driver, Self-FL, {count} clients", driver[-1].peak / MEGA, None, "MiB")
     few, many = driver[0], driver[-1]
     growth = (many.peak - few.peak) / (many.clients - few.clients) / many.model
     yield Finding("driver, Self-FL, a client over the model's size", growth, 0.1, "x")
     wide = [
-        memory.alone(memory.in_driver, memory.federation(100, f"model.hidden=[{w}]", *model[1:]))
+        scale_memory.alone(memory.in_driver, scale_memory.federation(100, f"model.hidden=[{w}]", *model[1:]))
         for w in (1000, 4000)
     ]
     growth = (wide[1].peak - wide[0].peak) / (wide[1].model - wide[0].model)
@@ -158,8 +158,8 @@ def memory_rules(passes: int) -> Iterator[Finding]:
     idle = []
     for count in (1000, 11_000):
         asked = (f"training.participation_rate={20 / count}", "training.num_rounds=3")
-        config = memory.federation(count, *asked, "method=ditto", "model.hidden=[10]")
-        idle.append(memory.alone(memory.in_all, config, None))
+        config = scale_memory.federation(count, *asked, "method=ditto", "model.hidden=[10]")
+        idle.append(scale_memory.alone(memory.in_all, config, None))
     more = idle[1].unique - idle[1].data - (idle[0].unique - idle[0].data)
     each = more / (idle[1].clients - idle[0].clients) / KILO
     yield Finding("an idle client adds, beside its data", each, 1.0, "kB")
@@ -187,7 +187,7 @@ def large(passes: int) -> Iterator[Finding]:
     """Federations that must run at all on this machine."""
     with tempfile.TemporaryDirectory() as folder:
         for count, rate, where in ((10_000, 0.1, None), (100_000, 0.01, Path(folder))):
-            taken = memory.large(count, rate, where)
+            taken = scale_memory.large(count, rate, where)
             store = "memory" if where is None else "disk"
             name = f"{count} clients, state in {store}, {rate:.0%} a round"
             yield Finding(f"{name}: a round", taken.round_s, None, "s")
