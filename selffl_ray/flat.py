@@ -207,7 +207,8 @@ def exact_sum(rows: Sequence[Tensor] | Tensor, weights: Sequence[float | Tensor]
     total_P = torch.zeros(first.shape, dtype=torch.int64, device=first.device)
     term_P = torch.empty(first.shape, dtype=torch.float64, device=first.device)
     for row_P, weight in zip(rows, weights, strict=True):
-        term_P.copy_(row_P).mul_(weight).mul_(1 / GRID).add_(_MAGIC)
+        # The grid is a power of two: scaling the weight by it rounds nothing.
+        term_P.copy_(row_P).mul_(weight * (1 / GRID)).add_(_MAGIC)
         total_P += term_P.view(torch.int64)
     # Wraps like the additions above did, so the biases cancel exactly.
     bias = (_BIAS * len(weights) + 2**63) % 2**64 - 2**63
@@ -224,7 +225,7 @@ def representable(rows_CP: Tensor) -> Tensor:
     if rows_CP.shape[1] == 0:
         return torch.ones(rows_CP.shape[0], dtype=torch.bool)
     # NaN compares false, and amax of a row with NaN is NaN.
-    return (rows_CP.abs().amax(1) < LIMIT).cpu()
+    return torch.cat([rows.abs().amax(1) < LIMIT for rows in in_blocks(rows_CP)]).cpu()
 
 
 def digest(tensors: Iterable[Tensor], numbers: Iterable[int | str] = ()) -> str:
