@@ -144,13 +144,17 @@ def memory_rules(passes: int) -> Iterator[Finding]:
     model = ("model.hidden=[200]", "method=selffl", "training.num_rounds=2")
     driver = []
     for count in (100, 1000, 10_000):
-        driver.append(scale_memory.alone(memory.in_driver, scale_memory.federation(count, *model)))
+        driver.append(
+            scale_memory.alone(scale_memory.in_driver, scale_memory.federation(count, *model))
+        )
         yield Finding(f"driver, Self-FL, {count} clients", driver[-1].peak / MEGA, None, "MiB")
     few, many = driver[0], driver[-1]
     growth = (many.peak - few.peak) / (many.clients - few.clients) / many.model
     yield Finding("driver, Self-FL, a client over the model's size", growth, 0.1, "x")
     wide = [
-        scale_memory.alone(memory.in_driver, scale_memory.federation(100, f"model.hidden=[{w}]", *model[1:]))
+        scale_memory.alone(
+            memory.in_driver, scale_memory.federation(100, f"model.hidden=[{w}]", *model[1:])
+        )
         for w in (1000, 4000)
     ]
     growth = (wide[1].peak - wide[0].peak) / (wide[1].model - wide[0].model)
@@ -159,7 +163,7 @@ def memory_rules(passes: int) -> Iterator[Finding]:
     for count in (1000, 11_000):
         asked = (f"training.participation_rate={20 / count}", "training.num_rounds=3")
         config = scale_memory.federation(count, *asked, "method=ditto", "model.hidden=[10]")
-        idle.append(scale_memory.alone(memory.in_all, config, None))
+        idle.append(scale_memory.alone(scale_memory.in_all, config, None))
     more = idle[1].unique - idle[1].data - (idle[0].unique - idle[0].data)
     each = more / (idle[1].clients - idle[0].clients) / KILO
     yield Finding("an idle client adds, beside its data", each, 1.0, "kB")
