@@ -153,7 +153,7 @@ def memory_rules(passes: int) -> Iterator[Finding]:
     yield Finding("driver, Self-FL, a client over the model's size", growth, 0.1, "x")
     wide = [
         scale_memory.alone(
-            memory.in_driver, scale_memory.federation(100, f"model.hidden=[{w}]", *model[1:])
+            scale_memory.in_driver, scale_memory.federation(100, f"model.hidden=[{w}]", *model[1:])
         )
         for w in (1000, 4000)
     ]
