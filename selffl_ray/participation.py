@@ -11,8 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from selffl_ray.errors import ConfigError
 from selffl_ray.seeding import generator
 from selffl_ray.training import TrainingConfig
+
+MOST_ROUNDS = 10**6
 
 Indices = npt.NDArray[np.int64]
 
@@ -31,6 +34,11 @@ class RoundPlan:
 
 def plan_rounds(seed: int, training: TrainingConfig, num_clients: int) -> list[RoundPlan]:
     """The plan of every round: participation_rate of the clients, at least one, no repeats."""
+    if training.num_rounds > MOST_ROUNDS:
+        raise ConfigError(
+            f"training.num_rounds must be at most {MOST_ROUNDS}, since each is planned before the "
+            f"first begins, got {training.num_rounds}"
+        )
     size = max(1, round(training.participation_rate * num_clients))
     plans = []
     for index in range(training.num_rounds):

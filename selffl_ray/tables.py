@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from selffl_ray.driver import RoundRecord
+from selffl_ray.errors import CheckpointError
 from selffl_ray.evaluation import ClientScores
 from selffl_ray.whole import write_whole
 
@@ -27,6 +29,8 @@ TABLES = ("rounds", "clients", "uncertainty")
 
 FLUSH_SECONDS = 10.0
 """Longest time that finished rounds are kept in memory only."""
+
+MEND = "put it back, or start the run anew in another folder"
 
 ALIASES = {
     "round_s": "time/round_s",
@@ -52,6 +56,39 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def read_tables(folder: Path, last_round: int) -> dict[str, pa.Table]:
+    """The rows of a run's tables up to a round that a checkpoint is of (-1: none).
+
+    Raises:
+        CheckpointError: a table is missing, broken, or lacks a round.
+    """
+    kept: dict[str, pa.Table] = {}
+    for name in TABLES if last_round >= 0 else ():
+        path = folder / f"{name}.parquet"
+        # Lexists: a link to nowhere is no table that was never written.
+        if not os.path.lexists(path):
+            continue
+        try:
+            # Not by name: Arrow would take a folder for a table in pieces.
+            table = pq.read_table(pa.BufferReader(path.read_bytes()))
+            kept[name] = table.filter(pc.less_equal(table["round_index"], last_round))
+        except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
+            raise CheckpointError(
+                f"{path} cannot be read: {' '.join(str(error).split())}; {MEND}"
+            ) from error
+    table = kept.get("rounds")
+    rounds = [] if table is None else table["round_index"].to_pylist()
+    evaluated = [] if table is None or "eval_s" not in table.column_names else table["eval_s"]
+    if "clients" not in kept and any(cell.is_valid for cell in evaluated):
+        raise CheckpointError(f"{folder / 'clients.parquet'} is missing; {MEND}")
+    if rounds != list(range(last_round + 1)):
+        raise CheckpointError(
+            f"{folder / 'rounds.parquet'} lacks rounds that the checkpoint of round {last_round} "
+            f"is of; {MEND}"
+        )
+    return kept
+
+
 class RunTables:
     """``rounds``, ``clients`` and ``uncertainty`` of one run.
 
@@ -71,13 +108,12 @@ class RunTables:
         self._flushed = time.monotonic()
 
     def restore(self, last_round: int) -> None:
-        """Take over the rows of an earlier part of the run, up to a round."""
-        kept = {}
-        for name in TABLES:
-            path = self.folder / f"{name}.parquet"
-            if path.exists():
-                table = pq.read_table(path)
-                kept[name] = table.filter(pc.less_equal(table["round_index"], last_round))
+        """Take over the rows of an earlier part of the run, up to a round (-1: none).
+
+        Raises:
+            CheckpointError: see ``read_tables``.
+        """
+        kept = read_tables(self.folder, last_round)
         rows = kept["rounds"].to_pylist() if "rounds" in kept else []
         self._rounds = [{k: v for k, v in row.items() if v is not None} for row in rows]
         self._clients = [kept["clients"]] if "clients" in kept else []

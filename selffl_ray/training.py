@@ -67,10 +67,7 @@ class TrainingConfig:
     stop: StopConfig = field(default_factory=StopConfig)
 
     def __post_init__(self) -> None:
-        for name in ("num_rounds", "batch_size", "num_local_steps", "num_local_epochs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"training.{name} must be >= 1, got {value}")
+        self._check_counts()
         if self.num_local_steps is not None and self.num_local_epochs is not None:
             raise ConfigError(
                 f"training.num_local_steps ({self.num_local_steps}) and num_local_epochs "
@@ -95,6 +92,12 @@ class TrainingConfig:
             raise ConfigError(
                 f"training.clip_norm must be > 0, got {self.clip_norm}; null switches it off"
             )
+
+    def _check_counts(self) -> None:
+        for name in ("num_rounds", "batch_size", "num_local_steps", "num_local_epochs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"training.{name} must be >= 1, got {value}")
 
     def rate(self, round_index: int) -> float:
         """Learning rate of a round under the schedule."""
