@@ -318,7 +318,7 @@ def test_an_option_that_must_be_given_is_named():
 
 def test_a_number_too_large_to_compute_with_is_a_refusal():
     raw = {"data": {"name": "gaussian", "num_examples": [10**30]}}
-    assert refusal(raw).startswith("data: ")
+    assert refusal(raw).startswith("data.num_examples must be at most 100000000, got [1")
 
 
 # -- names, defaults, presets -------------------------------------------------------------------
