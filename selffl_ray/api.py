@@ -32,6 +32,7 @@ from selffl_ray.run_loop import run_digest, run_identity
 from selffl_ray.run_writer import Job, check_one_configuration
 from selffl_ray.runtime.cluster import cluster, this_machine
 from selffl_ray.runtime.placement import PlacementPlan, plan_placement
+from selffl_ray.tables import read_tables
 from selffl_ray.tracking import resolve_uri
 
 Watch = Callable[[Any], None]
@@ -219,7 +220,8 @@ def _check_resumable(prepared: Prepared, folder: Path) -> None:
         )
     newest = latest_checkpoint(folder / "checkpoints")
     if newest is not None:
-        check_checkpoint(newest, run_digest(prepared))
+        head = check_checkpoint(newest, run_digest(prepared))
+        read_tables(folder, head["round_index"])
 
 
 def _launch(

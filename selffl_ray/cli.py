@@ -14,6 +14,9 @@ from typing import NoReturn, TypeAlias
 
 from selffl_ray.errors import SelfFLError, UsageError
 
+LONGEST_LINE = 2000
+"""Characters of a message."""
+
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -68,7 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(text: str) -> None:
-    print(f"selffl: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    from selffl_ray.tracking import without_password
+
+    line = without_password(" ".join(text.split()))
+    if len(line) > LONGEST_LINE:
+        # A key or a name out of the user's file may be of any length; the remedy stands at the end.
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+    print(f"selffl: {line}", file=sys.stderr, flush=True)
 
 
 class _Commands:

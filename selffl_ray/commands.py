@@ -31,7 +31,7 @@ from selffl_ray.describe import describe, draw
 from selffl_ray.doctor import examine
 from selffl_ray.errors import ConfigError, SelfFLError
 from selffl_ray.estimate import estimate_run, estimate_sweep
-from selffl_ray.experiment import prepare_experiment
+from selffl_ray.experiment import enough_memory, prepare_experiment
 from selffl_ray.registry import Component, datasets
 from selffl_ray.runtime.cluster import cluster, this_machine
 from selffl_ray.runtime.placement import Node
@@ -116,6 +116,7 @@ def run(options: argparse.Namespace, say: Say) -> int:
     return 0
 
 
+@enough_memory()
 def _dry_run(config: ExperimentConfig, say: Say) -> int:
     prepared = prepare_experiment(config)
     say.out(to_yaml(config))
@@ -231,6 +232,7 @@ def _tell_sweep(sweep: SweepConfig, result: SweepResult, say: Say) -> int:
     return 0
 
 
+@enough_memory()
 def _dry_sweep(sweep: SweepConfig, say: Say) -> int:
     nodes = _nodes()
     plan = plan_sweep(sweep, nodes)

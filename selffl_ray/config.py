@@ -15,17 +15,16 @@ import functools
 import json
 import re
 import types
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from selffl_ray.checkpoint import CheckpointConfig
 from selffl_ray.datasets.base import Dataset
-from selffl_ray.errors import ConfigError
+from selffl_ray.errors import ConfigError, shown
 from selffl_ray.evaluation import EvaluationConfig
 from selffl_ray.faults import FaultsConfig
 from selffl_ray.models.build import ModelConfig
@@ -39,14 +38,17 @@ from selffl_ray.registry import (
     partitioners,
 )
 from selffl_ray.runtime.placement import PlacementConfig
+from selffl_ray.safe_yaml import BROKEN_YAML, dump, load
 from selffl_ray.tracking import TrackingConfig, resolve_uri
 from selffl_ray.training_config import TrainingConfig
 
 Raw = dict[str, Any]
 Value = TypeVar("Value")
 
-LONGEST_SHOWN = 120
-"""Characters of a wrong value that a message shows."""
+MOST_COUNT = 10**8
+"""Largest whole number of an option: with more of anything a run would end in its preparation."""
+UNBOUNDED = frozenset({"seed", "seeds", "search_seed", "gradient_steps", "bytes"})
+"""Options that only seed or end a run, and may be larger."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,33 +104,6 @@ class ExperimentConfig:
 # -- reading ------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain values only, no key twice in a mapping."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen and key.value != "<<":
-                    text = f"the key {key.value!r} is given twice; keep one"
-                    raise yaml.MarkedYAMLError(problem=text, problem_mark=key.start_mark)
-                seen.add(key.value)
-        return node
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what the loader would take for a number."""
-
-
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+.0123456789"),
-    )
-
-
 def load_config(
     path: str | Path | None = None, sets: Sequence[str] = (), folder: str | Path | None = None
 ) -> ExperimentConfig:
@@ -169,9 +144,8 @@ def read_yaml(path: Path) -> Raw:
 
 def _from_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # ValueError: a date that does not exist.
+        return load(text)
+    except BROKEN_YAML as error:
         found = " ".join(str(error).split())
         raise ConfigError(f"{where} is not valid YAML: {found}") from error
 
@@ -181,7 +155,7 @@ def apply_setting(raw: Raw, setting: str) -> None:
     key, equals, text = setting.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"--set {setting!r}: write dotted.key=value, as in training.num_rounds=5")
-    apply_value(raw, key, _from_yaml(text, f"--set {key}: the value {_shown(text)}"))
+    apply_value(raw, key, _from_yaml(text, f"--set {key}: the value {shown(text)}"))
 
 
 def apply_value(raw: Raw, key: str, value: Any) -> None:
@@ -231,10 +205,10 @@ def resolve(config: ExperimentConfig) -> ExperimentConfig:
 
 def _load_plugins(names: Any, folder: Path) -> None:
     if not isinstance(names, list) or not all(isinstance(p, str) for p in names):
-        raise ConfigError(f"plugins must be a list of module names, got {_shown(names)}")
+        raise ConfigError(f"plugins must be a list of module names, got {shown(names)}")
     for name in names:
         if not all(part.isidentifier() for part in name.split(".")):
-            raise ConfigError(f"plugins must be module names as in my_module, got {_shown(name)}")
+            raise ConfigError(f"plugins must be module names as in my_module, got {shown(name)}")
     load_plugins(names, str(folder))
 
 
@@ -265,12 +239,6 @@ def _under(raw: Raw, defaults: Mapping[str, Any]) -> Raw:
     return merged
 
 
-def _shown(value: Any) -> str:
-    """A value in a message, cut if it is long."""
-    text = repr(value)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
-
-
 def _mapping(raw: Any, path: str) -> Raw:
     if raw is None:
         return {}
@@ -278,7 +246,7 @@ def _mapping(raw: Any, path: str) -> Raw:
         return {"name": raw}
     if not isinstance(raw, dict) or not all(isinstance(k, str) for k in raw):
         where = path or "the configuration"
-        raise ConfigError(f"{where} must be a mapping of keys, got {_shown(raw)}")
+        raise ConfigError(f"{where} must be a mapping of keys, got {shown(raw)}")
     return raw
 
 
@@ -320,7 +288,7 @@ def _make(kind: type[Value], given: dict[str, Any], path: str, missing: list[str
         return kind(**given)
     except (ArithmeticError, MemoryError, ValueError) as error:
         # Checks compute with the values, and some are too large to.
-        raise ConfigError(f"{path}: {error}; got {_shown(given)}") from error
+        raise ConfigError(f"{path}: {error}; got {shown(given)}") from error
 
 
 def _needed(spec: dataclasses.Field[Any]) -> bool:
@@ -366,13 +334,25 @@ def check_type(hint: Any, value: Any, where: str) -> Any:
     """
     try:
         # JSON knows lists but no tuples, so strict mode takes a YAML list for a tuple.
-        return _adapter(hint).validate_json(json.dumps(value))
+        checked = _adapter(hint).validate_json(json.dumps(value))
     except ValidationError as error:
         found = ("longer" if e["type"] == "missing" else e["msg"] for e in error.errors())
         wanted = " or ".join(dict.fromkeys(found)).lower().replace("input should be ", "")
-        raise ConfigError(f"{where} must be {wanted}, got {_shown(value)}") from error
+        raise ConfigError(f"{where} must be {wanted}, got {shown(value)}") from error
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: {_shown(value)} is not a plain value; quote it") from error
+        raise ConfigError(f"{where}: {shown(value)} is not a plain value; quote it") from error
+    largest = max(_whole_numbers(value), default=0)
+    if largest > MOST_COUNT and where.rpartition(".")[2] not in UNBOUNDED:
+        raise ConfigError(f"{where} must be at most {MOST_COUNT}, got {shown(value)}")
+    return checked
+
+
+def _whole_numbers(value: Any) -> Iterator[int]:
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _whole_numbers(inner)
 
 
 @functools.cache
@@ -386,7 +366,7 @@ def _parse_component(
     raw = dict(raw)
     name = raw.pop("name", default.name)
     if not isinstance(name, str):
-        raise ConfigError(f"{registry.key} must be a name, got {_shown(name)}")
+        raise ConfigError(f"{registry.key} must be a name, got {shown(name)}")
     entry = registry.get(name)
     if entry.presets:
         fallback = next(iter(entry.presets))
@@ -434,7 +414,7 @@ def to_yaml(config: ExperimentConfig) -> str:
 
 def dump_yaml(raw: Raw) -> str:
     """Plain values as YAML that reads back equal."""
-    return yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return dump(raw)
 
 
 def flatten(raw: Any, prefix: str = "") -> dict[str, str]:

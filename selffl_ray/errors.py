@@ -6,6 +6,19 @@ between Ray actors with their message intact.
 
 from __future__ import annotations
 
+LONGEST_SHOWN = 120
+"""Characters of a wrong value that a message shows."""
+
+
+def shown(value: object) -> str:
+    """A value in a message, cut if it is long."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python writes no number of more than some thousand digits.
+        return "a number of thousands of digits"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
 
 class SelfFLError(Exception):
     """Base of all errors that this package raises on purpose."""

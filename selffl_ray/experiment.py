@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,8 @@ CACHE_BYTES = 4 * 2**20
 """A stack's parameters should fit into so much of a CPU's cache."""
 MOST_STACKED = 20
 """Taller stacks gain nothing on a CPU."""
+LONGEST_CAUSE = 200
+"""Characters of a library's message that ours repeats."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,26 @@ class Prepared:
         return [float(training.steps(n) * training.batch_length(n)) for n in sizes]
 
 
+@contextlib.contextmanager
+def enough_memory() -> Iterator[None]:
+    """Sizes that no machine like this one can hold are a mistake in the configuration.
+
+    Raises:
+        ConfigError: instead of what NumPy and torch say then.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        found = " ".join(str(error).split()) or "out of memory"
+        raise ConfigError(
+            f"data, model or training.batch_size: too large for the memory of this machine "
+            f"({found[:LONGEST_CAUSE]}); lower them"
+        ) from error
+
+
+@enough_memory()
 def prepare_experiment(config: ExperimentConfig) -> Prepared:
     """Read or build the data store, deal and split the clients, build model and algorithm.
 

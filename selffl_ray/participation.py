@@ -23,6 +23,8 @@ from selffl_ray.seeding import generator
 from selffl_ray.training_config import TrainingConfig
 from selffl_ray.trouble import Luck, TroubleConfig, draw_luck
 
+MOST_ROUNDS = 10**6
+
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
@@ -86,9 +88,14 @@ def plan_rounds(
         num_examples: training examples of each client by its name, in the order of the indices.
 
     Raises:
-        ConfigError: simulated trouble leaves no round with anybody in it.
+        ConfigError: too many rounds, or simulated trouble leaves none with anybody in it.
         DataError: its trace cannot be used.
     """
+    if training.num_rounds > MOST_ROUNDS:
+        raise ConfigError(
+            f"training.num_rounds must be at most {MOST_ROUNDS}, since each is planned before the "
+            f"first begins, got {training.num_rounds}"
+        )
     if training.simulates:
         return _troubled(seed, training, num_examples)
     everybody = np.arange(len(num_examples), dtype=np.int64)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from selffl_ray.errors import ConfigError, SelfFLError
+from selffl_ray.errors import ConfigError, SelfFLError, shown
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
@@ -109,7 +109,7 @@ class Registry:
         if name in self._entries:
             return self._entries[name]
         raise ConfigError(
-            f"{self.key}: unknown {self.kind} {name!r}{nearest(name, self._entries)}; "
+            f"{self.key}: unknown {self.kind} {shown(name)}{nearest(name, self._entries)}; "
             f"known: {', '.join(self.names())}"
         )
 
@@ -188,7 +188,7 @@ def load_plugins(modules: Iterable[str], folder: str) -> None:
             ) from error
         except SelfFLError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ConfigError(
                 f"plugins: {name!r} failed while it was imported: {type(error).__name__}: {error}"
             ) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from selffl_ray.driver import RoundRecord
+from selffl_ray.errors import CheckpointError
 from selffl_ray.evaluation import ClientScores
 from selffl_ray.participation import Outcome
 from selffl_ray.whole import write_whole
@@ -29,6 +31,8 @@ TABLES = ("rounds", "clients", "uncertainty", "participation")
 
 FLUSH_SECONDS = 10.0
 """Longest time that finished rounds are kept in memory only."""
+
+MEND = "put it back, or start the run anew in another folder"
 
 ALIASES = {
     "round_s": "time/round_s",
@@ -60,6 +64,49 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def read_tables(folder: Path, last_round: int) -> dict[str, pa.Table]:
+    """The rows of a run's tables up to a round that a checkpoint is of (-1: none).
+
+    Raises:
+        CheckpointError: a table is missing, broken, or lacks a round.
+    """
+    kept: dict[str, pa.Table] = {}
+    for name in TABLES if last_round >= 0 else ():
+        path = folder / f"{name}.parquet"
+        # Lexists: a link to nowhere is no table that was never written.
+        if not os.path.lexists(path):
+            continue
+        try:
+            # Not by name: Arrow would take a folder for a table in pieces.
+            table = pq.read_table(pa.BufferReader(path.read_bytes()))
+            kept[name] = table.filter(pc.less_equal(table["round_index"], last_round))
+        except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
+            raise CheckpointError(
+                f"{path} cannot be read: {' '.join(str(error).split())}; {MEND}"
+            ) from error
+    table = kept.get("rounds")
+    rounds = [] if table is None else table["round_index"].to_pylist()
+    evaluated = [] if table is None or "eval_s" not in table.column_names else table["eval_s"]
+    if "clients" not in kept and any(cell.is_valid for cell in evaluated):
+        raise CheckpointError(f"{folder / 'clients.parquet'} is missing; {MEND}")
+    if rounds != list(range(last_round + 1)):
+        raise CheckpointError(
+            f"{folder / 'rounds.parquet'} lacks rounds that the checkpoint of round {last_round} "
+            f"is of; {MEND}"
+        )
+    return kept
+
+
+def events_after(folder: Path, last_round: int) -> list[Mapping[str, Any]]:
+    """The ``events`` of the rounds after one; none where no table was written, or a broken one."""
+    try:
+        table = pq.read_table(pa.BufferReader((folder / "rounds.parquet").read_bytes()))
+        after = table.filter(pc.greater(table["round_index"], last_round))
+        return [event for text in after["events"].to_pylist() for event in json.loads(text or "[]")]
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException):
+        return []
+
+
 class RunTables:
     """``rounds``, ``clients``, ``uncertainty`` and ``participation`` of one run.
 
@@ -82,27 +129,21 @@ class RunTables:
         self._flushed = time.monotonic()
 
     def restore(self, last_round: int) -> list[Mapping[str, Any]]:
-        """Take over the rows of an earlier part of the run, up to a round.
+        """Take over the rows of an earlier part of the run, up to a round (-1: none).
 
         Returns:
             The ``events`` of the rounds after it.
+
+        Raises:
+            CheckpointError: see ``read_tables``.
         """
-        kept, dropped = {}, []
-        for name in TABLES:
-            path = self.folder / f"{name}.parquet"
-            if path.exists():
-                table = pq.read_table(path)
-                if name == "rounds" and "events" in table.column_names:
-                    after = table.filter(pc.greater(table["round_index"], last_round))
-                    for text in after["events"].to_pylist():
-                        dropped += json.loads(text or "[]")
-                kept[name] = table.filter(pc.less_equal(table["round_index"], last_round))
+        kept = read_tables(self.folder, last_round)
         rows = kept["rounds"].to_pylist() if "rounds" in kept else []
         self._rounds = [{k: v for k, v in row.items() if v is not None} for row in rows]
         self._clients = [kept["clients"]] if "clients" in kept else []
         self._uncertainty = [kept["uncertainty"]] if "uncertainty" in kept else []
         self._participation = [kept["participation"]] if "participation" in kept else []
-        return dropped
+        return events_after(self.folder, last_round)
 
     def add(self, record: RoundRecord) -> None:
         """Take in a finished round; writes when the last writing is some time ago."""

@@ -25,7 +25,7 @@ LAYERS = {
     "participation registry datasets models estimators",
     2: "algorithms",
     3: "messages updates client_data states host pool events faults driver",
-    4: "runtime tracking checkpoint tables config",
+    4: "runtime tracking checkpoint tables config safe_yaml",
     5: "cli commands console tuning experiment environment run_writer run_loop execution api "
     "describe doctor estimate verification serving search_space sweep sweep_folder sweep_mutation "
     "sweep_plan sweep_population sweep_progress sweep_results sweep_run sweep_scheduler "
@@ -36,7 +36,7 @@ LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts.spl
 HOMES = {
     "ray": {"runtime", "tuning"},
     "mlflow": {"tracking"},
-    "yaml": {"config"},
+    "yaml": {"safe_yaml"},
     "pydantic": {"config"},
     "optuna": {"sweep_search"},
 }

@@ -351,7 +351,8 @@ def test_without_trouble_the_tables_know_none(tmp_path):
 
 
 def test_a_run_under_trouble_goes_on_to_the_same_rounds_and_tables(tmp_path):
-    config = load_config(None, RUN)
+    # Rounds enough for the interruption to be noticed while there are some left.
+    config = load_config(None, [*RUN, "training.num_rounds=300", "evaluation.every=300"])
     straight = run_experiment(config, output=tmp_path / "straight")
     interrupt = Interrupt()
 

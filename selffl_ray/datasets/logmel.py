@@ -27,6 +27,9 @@ FLOOR_DB = -80.0
 DB_PER_UNIT = 40.0
 STEPS_PER_UNIT = 1024
 
+MOST = {"rate_hz": 384_000, "length_s": 60, "num_mels": 512}
+"""Largest values that sound asks for; a spectrum of more would not end."""
+
 PIECE = 64
 """Clips whose frames are in memory at once."""
 
@@ -53,6 +56,8 @@ class LogMelConfig:
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise ConfigError(f"data.{name} must be > 0 and finite, got {value}")
+            if value > MOST.get(name, math.inf):
+                raise ConfigError(f"data.{name} must be at most {MOST[name]:g}, got {value:g}")
         if not 2 <= self.window <= self.length or self.hop < 1:
             raise ConfigError(
                 f"data.window_s must be two measurements or more and at most data.length_s, and "

@@ -60,7 +60,7 @@ def read_wav(path: Path, rate_hz: int) -> Floats:
             params = file.getparams()
             # A broken header may claim gigabytes, which Python would set aside before it reads.
             raw = file.readframes(min(params.nframes, path.stat().st_size))
-    except (wave.Error, EOFError, RuntimeError) as error:
+    except (wave.Error, EOFError, OSError, RuntimeError) as error:
         # RuntimeError: a part of the file that claims to reach beyond its end.
         found = str(error) or "it ends too early"
         raise DataError(

@@ -128,7 +128,10 @@ def prepare(
     """
     files = dataset.find(source)
     made_with = dataset.made_with(files) if dataset.made_with else None
-    stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    try:
+        stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    except OSError as error:
+        raise DataError(f"{dataset.name}: {error}; mend or remove that file") from error
     identity = {
         "version": SCHEMA_VERSION,
         "name": dataset.name,

@@ -47,6 +47,8 @@ TRAIN_END, VAL_END = 0.52, 0.70
 LEFT_OUT = 255
 """Of a window between two parts."""
 
+LONGEST_S = 3600
+"""Longest window."""
 NUM_STATISTICS = 12
 """Features of each channel, see ``summarise``."""
 
@@ -75,6 +77,11 @@ class WatchConfig:
         if not (math.isfinite(self.window_s) and math.isfinite(self.hop_s)):
             raise ConfigError(
                 f"data.window_s and data.hop_s must be finite, got {self.window_s} and {self.hop_s}"
+            )
+        if max(self.window_s, self.hop_s) > LONGEST_S:
+            raise ConfigError(
+                f"data.window_s and data.hop_s must be at most {LONGEST_S}, got {self.window_s:g} "
+                f"and {self.hop_s:g}"
             )
         if self.width < 2 or self.hop < 1:
             raise ConfigError(
