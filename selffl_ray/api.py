@@ -245,7 +245,9 @@ def _launch(
             placement_of(first, this_machine())
         with cluster() as ray_cluster:
             plan = placement_of(first, ray_cluster.nodes)
-            done = run_on_ray(jobs, plan, label, watch, interrupt.is_set)
+            done = run_on_ray(
+                jobs, plan, label, watch, interrupt.is_set, restarts=config.faults.max_retries
+            )
     return [Result(summary, Path(summary["folder"])) for summary in done]
 
 

@@ -56,6 +56,10 @@ class RunError(SelfFLError):
     """A run that had started cannot go on (exit status 1)."""
 
 
+class DriverLostError(RunError):
+    """The process of a driver actor ended in the middle of its work."""
+
+
 class ClientError(SelfFLError):
     """One client failed while training or evaluating.
 

@@ -14,9 +14,11 @@ from selffl_ray.messages import ClientFailure, FailureKind
 
 HostKind = Literal["died", "silent", "memory"]
 """It ended or its node did, did not answer in time, or its clients ran out of memory in it."""
-Outcome = Literal["retried", "left out", "replaced", "kept", "aborted"]
+Outcome = Literal["retried", "left out", "replaced", "restarted", "kept", "aborted"]
 """The client was asked again, or the round went on without it; its host was replaced and rounds
-replayed; its update was taken all the same; the run ended."""
+replayed; so was the driver actor; its update was taken all the same; the run ended."""
+NO_HOST = -1
+"""Host of an event of the driver actor."""
 
 
 class Whereabouts(NamedTuple):
@@ -43,7 +45,7 @@ class Event(NamedTuple):
 
     round_index: int
     attempt: int
-    kind: FailureKind | HostKind | Literal["slow"]
+    kind: FailureKind | HostKind | Literal["slow", "driver"]
     client_id: str | None
     num_clients: int
     cause: str
@@ -104,6 +106,18 @@ def host_was_slow(seconds: float, limit_s: float, round_index: int, where: Where
     cause = f"it took {seconds:.1f} s, faults.client_timeout_s is {limit_s:g}"
     host, place, memory = where
     return Event(round_index, 0, "slow", None, 0, cause, host, place, memory, "kept")
+
+
+def driver_died(cause: str, round_index: int, count: int) -> Event:
+    """An event of the driver actor, of which it is the ``count``-th in the run, from 1.
+
+    Args:
+        round_index: with which its successor goes on.
+    """
+    return Event(
+        *(round_index, count, "driver", None, 0, cause),
+        *(NO_HOST, "the driver actor", None, "restarted"),
+    )
 
 
 def named(failure: ClientFailure, client_ids: Sequence[str], where: Whereabouts) -> str:

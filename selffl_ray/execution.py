@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from selffl_ray.checkpoint import latest_checkpoint
-from selffl_ray.errors import RunError, SelfFLError, UsageError
+from selffl_ray.errors import DriverLostError, RunError, SelfFLError, UsageError
 from selffl_ray.experiment import Prepared, prepare_experiment
 from selffl_ray.pool import ClientPool, LocalTransport, StateLostError
 from selffl_ray.run_loop import Message, RunLoop
-from selffl_ray.run_writer import Job, RunWriter
+from selffl_ray.run_writer import Job, Restart, RunWriter
 from selffl_ray.runtime.actors import Control
 from selffl_ray.runtime.placement import PlacementPlan
 
@@ -203,16 +205,44 @@ def run_on_ray(
     label: str,
     watch: Callable[[Any], None],
     interrupted: Callable[[], bool],
+    *,
+    restarts: int,
 ) -> list[dict[str, Any]]:
-    """Run jobs in a driver actor on the Ray that this process is connected to."""
+    """Run jobs in a driver actor on the Ray that this process is connected to.
+
+    Args:
+        restarts: times that a driver actor that died is started again; each goes on from the
+            newest checkpoints.
+
+    Raises:
+        DriverLostError: it died once more.
+    """
     from selffl_ray.runtime.driver_actor import follow
 
-    done: list[dict[str, Any]] = follow(
-        run_jobs,
-        (jobs, plan, label),
-        plan=plan,
-        label=label,
-        watch=watch,
-        interrupted=interrupted,
-    )
-    return done
+    for count in range(restarts + 1):
+        # Another name, because actors of the one that died may take a moment to go.
+        name = f"{label}-{count}" if count else label
+        try:
+            done: list[dict[str, Any]] = follow(
+                run_jobs,
+                (jobs, plan, name),
+                plan=plan,
+                label=name,
+                watch=watch,
+                interrupted=interrupted,
+            )
+        except DriverLostError as error:
+            if count == restarts or interrupted():
+                raise
+            watch(Message(f"{error}; another one goes on from the last checkpoint"))
+            jobs = [_gone_on(job, Restart(count + 1, str(error))) for job in jobs]
+        else:
+            return done
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _gone_on(job: Job, restart: Restart) -> Job:
+    """The job for the next driver actor; one that had not begun begins."""
+    if not (Path(job.folder) / "config.yaml").exists():
+        return job
+    return dataclasses.replace(job, resume=True, restart=restart)

@@ -10,6 +10,7 @@ shape       likewise
 died        a host that ended, or whose node did: replaced; client state was lost with it, so all go
             back to the last checkpoint, and the rounds are replayed with the same bits
 silent      a host that did not answer within ``client_timeout_s``: ended, then as ``died``
+driver      the driver actor ended: another one goes on from the last checkpoint
 slow        nothing; it took more than half of ``client_timeout_s``, which is worth knowing
 
 All of it stands in the tables, see ``events.py``.
@@ -38,7 +39,8 @@ class FaultsConfig:
     min_participants: float = 0.5
     """Smallest share of a round's cohort that must answer, in (0, 1]."""
     max_retries: int = 2
-    """Times that a round is asked for again, and that lost hosts are replaced in it."""
+    """Times that a round is asked for again, that lost hosts are replaced in it, and that a driver
+    actor that died is started again."""
     client_timeout_s: float = 600.0
     """Longest wait for an answer in a round. A host that starts and reads its data may take 5
     minutes, however short this is."""

@@ -25,7 +25,7 @@ from selffl_ray.checkpoint import (
 from selffl_ray.config import ExperimentConfig, to_raw
 from selffl_ray.driver import RoundRecord, Run, evaluate, run_rounds
 from selffl_ray.errors import RunError
-from selffl_ray.events import Event, EventBook, Outcome
+from selffl_ray.events import Event, EventBook, Outcome, driver_died
 from selffl_ray.experiment import Prepared, write_params
 from selffl_ray.flat import digest
 from selffl_ray.participation import RoundPlan, plan_digest
@@ -103,6 +103,7 @@ class RunLoop:
         self._all_states_next = True
         self._events = EventBook()
         self._reached = -1
+        self._restart = writer.restart
         self._run = Run(
             prepared.algorithm,
             prepared.federation,
@@ -129,6 +130,7 @@ class RunLoop:
                 else:
                     self._pool.begin(self._spec, self._prepared.algorithm)
                 place, lost = self._restore(), ()
+                self._note_restart(place.next_round)
                 return self._rounds(place)
             except StateLostError as error:
                 # Another host may be lost while the first ones are replaced.
@@ -136,6 +138,12 @@ class RunLoop:
                 losses = 1 if self._reached > furthest else losses + 1
                 furthest = self._reached
                 self._note_loss(error, losses)
+
+    def _note_restart(self, next_round: int) -> None:
+        """An event of the driver actor before this one, in the round to go on with."""
+        restart, self._restart = self._restart, None
+        if restart is not None and next_round < len(self._prepared.plans):
+            self._events.note(driver_died(restart.cause, next_round, restart.number))
 
     def _note_loss(self, error: StateLostError, losses: int) -> None:
         """Events of lost hosts, in the round in which they were lost, and a warning.

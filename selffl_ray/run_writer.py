@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from selffl_ray.config import ExperimentConfig, flatten, parse_config, to_raw, to_yaml
 from selffl_ray.driver import RoundRecord
@@ -40,6 +40,13 @@ FILES = (
 """What lies in a run's folder, beside its checkpoints and models."""
 
 
+class Restart(NamedTuple):
+    """A driver actor that was started because the one before died; number: from 1."""
+
+    number: int
+    cause: str
+
+
 @dataclass(frozen=True)
 class Job:
     """One run to do, in a form that travels: the resolved configuration as plain values.
@@ -59,6 +66,8 @@ class Job:
     """The run's name in MLflow; method, preset and seed by default."""
     schedule: tuple[Mapping[str, Any], ...] = ()
     """Of a run whose options may change on its way: what was set from which round on."""
+    restart: Restart | None = None
+    """Why this is not the first driver actor that runs it."""
 
     def config(self) -> ExperimentConfig:
         """The configuration, with plugins loaded."""
@@ -92,6 +101,7 @@ class RunWriter:
         self.prepared = prepared
         config = prepared.config
         self.schedule = job.schedule
+        self.restart = job.restart
         self.tables = RunTables(self.folder, prepared.client_ids, prepared.dataset.task.score_name)
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_drafts(self.folder, FILES)

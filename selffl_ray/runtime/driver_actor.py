@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from selffl_ray.errors import RunError, SelfFLError
+from selffl_ray.errors import DriverLostError, RunError, SelfFLError
 from selffl_ray.runtime.actors import DriverActor
 from selffl_ray.runtime.placement import PlacementPlan
 
@@ -34,7 +34,8 @@ def follow(
     local paths are there.
 
     Raises:
-        SelfFLError: what the job raised. RunError: the actor died, or does not answer.
+        SelfFLError: what the job raised. DriverLostError: the actor died. RunError: it does not
+            answer, or cannot be started.
     """
     actor = _start(plan, label)
     running = actor.run.remote(job, *arguments)
@@ -61,7 +62,8 @@ def follow(
             f"{plan.driver_cpus:g} CPU on this node? See `ray status`"
         ) from error
     except RayError as error:
-        raise RunError(f"the driver actor died: {' '.join(str(error).split())[:300]}") from error
+        kind = DriverLostError if isinstance(error, RayActorError) else RunError
+        raise kind(f"the driver actor died: {' '.join(str(error).split())[:300]}") from error
     finally:
         ray.kill(actor, no_restart=True)
 

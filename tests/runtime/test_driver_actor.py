@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -12,11 +13,12 @@ import pytest
 
 from selffl_ray.api import Interrupt, run_experiment
 from selffl_ray.config import load_config
-from selffl_ray.errors import ClientError, ConfigError, RunError, SelfFLError
-from selffl_ray.run_loop import Progress
+from selffl_ray.errors import ClientError, ConfigError, DriverLostError, RunError, SelfFLError
+from selffl_ray.run_loop import Message, Progress
 from selffl_ray.runtime import driver_actor
 from selffl_ray.runtime.placement import PlacementPlan
 from tests.runtime.processes import Sandbox
+from tests.runtime.saboteur import ROOT
 
 pytestmark = pytest.mark.ray
 
@@ -86,6 +88,64 @@ def test_a_driver_actor_that_is_killed_is_an_error_and_no_hang(local_ray):
     with pytest.raises(RunError, match="the driver actor died"):
         follow(die)
     assert time.monotonic() - began < 60
+
+
+MORTAL = (
+    "plugins=[tests.runtime.mortal]",
+    "training.num_rounds=12",
+    "training.num_local_steps=3",
+    "evaluation.every=4",
+    "checkpoint.every=4",
+    "placement.clients_per_actor=7",
+)
+
+
+def mortal(dies, marks="", *settings):
+    """Ditto on two client actors, with a driver actor that dies."""
+    method = f"method={{name: mortal, dies: {dies}, marks: '{marks}'}}"
+    return load_config(None, (*MORTAL, method, *settings), folder=ROOT)
+
+
+def test_a_driver_actor_that_is_killed_is_started_again_and_the_bits_are_those_of_a_quiet_run(
+    local_ray, tmp_path
+):
+    """Killed before the first checkpoint and after one; clients have state, the run a tracker."""
+    quiet = run_experiment(mortal([]), output=tmp_path / "quiet")
+    marks, seen = tmp_path / "marks", []
+    marks.mkdir()
+    run = run_experiment(mortal([2, 9], marks), output=tmp_path / "run", watch=seen.append)
+    assert run.summary["status"] == "FINISHED"
+    same = ["round_index", "digest", "test/local_accuracy", "cost/gradient_steps"]
+    pd.testing.assert_frame_equal(run.rounds[same], quiet.rounds[same])
+    pd.testing.assert_frame_equal(run.clients, quiet.clients)
+    done = [event.round_index for event in seen if isinstance(event, Progress)]
+    # What an actor had not told when it died is not told.
+    assert done[-4:] == [8, 9, 10, 11]
+    told = [event.text for event in seen if isinstance(event, Message)]
+    assert sum("the driver actor died" in text for text in told) == 2
+    events = {
+        row["round_index"]: [
+            (e["kind"], e["attempt"], e["outcome"]) for e in json.loads(row["events"])
+        ]
+        for row in run.rounds.to_dict("records")
+    }
+    assert events.pop(0) == [("driver", 1, "restarted")]
+    assert events.pop(8) == [("driver", 2, "restarted")]
+    assert not any(events.values())
+
+
+def test_a_driver_actor_that_dies_too_often_ends_the_run_and_what_was_done_is_kept(
+    local_ray, tmp_path
+):
+    config = mortal([9], "", "faults.max_retries=1", "tracking.enabled=false")
+    seen = []
+    with pytest.raises(DriverLostError, match="the driver actor died"):
+        run_experiment(config, output=tmp_path / "run", watch=seen.append)
+    assert [type(event) for event in seen].count(Message) == 1
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [
+        "round_3",
+        "round_7",
+    ]
 
 
 class Greedy:

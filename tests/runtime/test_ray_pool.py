@@ -96,7 +96,9 @@ def test_a_gpu_share_without_a_cuda_device_is_one_line_with_the_remedy(local_ray
 
 
 def test_more_gpus_than_there_are_are_refused_before_any_actor(local_ray, tmp_path, monkeypatch):
-    monkeypatch.setattr(api, "run_on_ray", lambda *a: pytest.fail("the driver actor was started"))
+    monkeypatch.setattr(
+        api, "run_on_ray", lambda *a, **k: pytest.fail("the driver actor was started")
+    )
     config = load_config(None, (*GAUSSIAN, "placement.gpus_per_client=0.5"))
     with pytest.raises(PlacementError, match=r"ask for .* 4 GPUs.* the cluster has .* 2 GPUs"):
         api.run_experiment(config, output=tmp_path / "run")
