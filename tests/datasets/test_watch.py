@@ -488,7 +488,7 @@ def test_what_would_mix_the_parts_again_is_refused(tmp_path, setting, message):
 
 needs_seglearn = pytest.mark.skipif(
     importlib.util.find_spec("seglearn") is None,
-    reason="seglearn is not installed: pip install 'selffl-ray[watch]'",
+    reason="seglearn is not installed: pip install -e '.[watch]'",
 )
 
 

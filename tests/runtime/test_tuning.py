@@ -222,7 +222,7 @@ def test_asha_ends_the_worst_early_and_what_remains_is_confirmed(local_ray, tmp_
 
 @pytest.mark.skipif(
     importlib.util.find_spec("optuna") is None,
-    reason="optuna is not installed: pip install 'selffl-ray[optuna]'",
+    reason="optuna is not installed: pip install -e '.[optuna]'",
 )
 def test_a_search_that_goes_on_in_the_middle_of_a_batch_has_the_same_tables(
     local_ray, tmp_path, store
