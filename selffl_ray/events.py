@@ -80,6 +80,10 @@ class EventBook:
         """The events of a round, as they happened."""
         return [event for event in self._events.values() if event.round_index == round_index]
 
+    def after(self, last_round: int) -> list[Event]:
+        """The events of later rounds."""
+        return [event for event in self._events.values() if event.round_index > last_round]
+
     def forget(self, last_round: int) -> None:
         """Drop the events of rounds up to this one, which will never be replayed."""
         self._events = {k: e for k, e in self._events.items() if e.round_index > last_round}

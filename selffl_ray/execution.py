@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -29,10 +30,19 @@ def run_jobs(
     summaries: list[dict[str, Any]] = []
     with contextlib.closing(JobRunner()) as runner:
         for job in jobs:
-            summaries.append(runner.run(control, job, plan, label))
+            summaries.append(_finished(job) or runner.run(control, job, plan, label))
             if control.stopping:
                 break
     return summaries
+
+
+def _finished(job: Job) -> dict[str, Any] | None:
+    """The summary of a run that an earlier driver actor has finished."""
+    path = Path(job.folder) / "summary.json"
+    if job.restart is None or not path.exists():
+        return None
+    summary: dict[str, Any] = json.loads(path.read_text())
+    return summary | {"tracking_problem": None} if summary["status"] == "FINISHED" else None
 
 
 class JobRunner:

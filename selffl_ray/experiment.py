@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from selffl_ray.algorithms.base import Algorithm, Federation
 from selffl_ray.config import ExperimentConfig
@@ -28,6 +27,7 @@ from selffl_ray.models.build import build_model, start_params
 from selffl_ray.participation import RoundPlan, plan_rounds, trouble_cautions
 from selffl_ray.registry import algorithms, datasets, partitioners
 from selffl_ray.seeding import generator
+from selffl_ray.whole import write_whole
 
 CACHE_BYTES = 4 * 2**20
 """A stack's parameters should fit into so much of a CPU's cache."""
@@ -247,7 +247,6 @@ def read_params(path: Path, spec: ParamSpec) -> torch.Tensor:
 
 def write_params(path: Path, theta_P: torch.Tensor, spec: ParamSpec) -> None:
     """A model's parameters by name as safetensors, written whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({k: v.contiguous() for k, v in spec.named(theta_P.cpu()).items()}, draft)
-    draft.replace(path)
+    named = {k: v.contiguous() for k, v in spec.named(theta_P.cpu()).items()}
+    # Not save_file, which has an error of its own for a full disk.
+    write_whole(path, lambda draft: draft.write_bytes(save(named)))

@@ -28,6 +28,9 @@ MOST_ROUNDS = 10**6
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
+NO_LIMIT = np.iinfo(np.int64).max
+"""More local steps than any method takes."""
+
 ANSWERED, PARTIAL, LATE, DROPPED = "answered", "partial", "late", "dropped"
 """What became of a client that was asked; the first two count."""
 
@@ -72,11 +75,16 @@ class RoundPlan:
         return len(self.cohort if self.trouble is None else self.trouble.asked)
 
     def most_steps(self, members: Sequence[int]) -> tuple[int, ...] | None:
-        """Local steps after which members of the cohort must stop; None if nobody must."""
+        """Local steps after which members of the cohort must stop; None if nobody must.
+
+        Only those that hand in partial work must: a method may give others more than the training's
+        own steps, and what they do must not depend on somebody else's fate.
+        """
         if self.trouble is None or not self.trouble.count(PARTIAL):
             return None
         at = np.searchsorted(self.trouble.asked, members)
-        return tuple(self.trouble.steps[at].tolist())
+        is_partial_A = self.trouble.outcome[at] == PARTIAL
+        return tuple(np.where(is_partial_A, self.trouble.steps[at], NO_LIMIT).tolist())
 
 
 def plan_rounds(

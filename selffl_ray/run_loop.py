@@ -102,7 +102,7 @@ class RunLoop:
         self._spec = replace(prepared.run_spec, state_folder=folder)
         self._all_states_next = True
         self._events = EventBook()
-        self._reached = -1
+        self._reached, self._now = -1, 0
         self._restart = writer.restart
         self._run = Run(
             prepared.algorithm,
@@ -121,6 +121,13 @@ class RunLoop:
         Raises:
             RunError: hosts were lost too often, or too few clients answered.
         """
+        try:
+            return self._go()
+        finally:
+            unrecorded = self._events.after(self._reached)
+            self._writer.unrecorded = [event._asdict() for event in unrecorded]
+
+    def _go(self) -> str:
         lost: tuple[HostLost, ...] = ()
         losses, furthest = 0, -1
         while True:
@@ -151,13 +158,14 @@ class RunLoop:
         Raises:
             RunError: too many in a row.
         """
-        at = min(self._reached + 1, len(self._prepared.plans) - 1)
+        at = min(self._now, len(self._prepared.plans) - 1)
         enough = losses > self._prepared.config.faults.max_retries
         causes = []
         for item in error.lost:
             where = self._pool.whereabouts(item.host)
             causes.append(f"host {item.host}: {item.cause} ({where})")
-            here = int((self._pool.homes == item.host).sum())
+            asked = self._pool.homes[self._prepared.plans[at].cohort]
+            here = int((asked == item.host).sum())
             done: Outcome = "aborted" if enough else "replaced"
             self._events.note(Event(at, losses, item.kind, None, here, item.cause, *where, done))
             if item.kind == "memory":
@@ -185,6 +193,7 @@ class RunLoop:
         saved = load_checkpoint(
             path, self._digest, algorithm.init(start_P), algorithm.init_client(start_P, 1)
         )
+        self._now = saved.counters.round_index + 1
         self._events.recall(self._writer.restore(saved.counters.round_index))
         self._pool.import_states(saved.states)
         return _Place(saved.counters.round_index + 1, saved.server, saved.counters.gradient_steps)
@@ -203,9 +212,11 @@ class RunLoop:
             gradient_steps=place.gradient_steps,
         )
         last_round, server = place.next_round - 1, place.server
+        self._now = place.next_round
         self._reached = max(self._reached, last_round)
         for record in [] if stop.enough else rounds:
             last_round, server = record.plan.round_index, record.server
+            self._now = last_round + 1
             record.events = self._events.of(last_round)
             record.metrics["clients/faults"] = float(sum(e.num_clients for e in record.events))
             self._reached = max(self._reached, last_round)

@@ -18,6 +18,7 @@ from selffl_ray.environment import describe_environment, package_version
 from selffl_ray.errors import ConfigError
 from selffl_ray.experiment import Prepared
 from selffl_ray.runtime.placement import PlacementPlan
+from selffl_ray.stopping import seconds_of
 from selffl_ray.tables import (
     TABLES,
     RunTables,
@@ -102,6 +103,8 @@ class RunWriter:
         config = prepared.config
         self.schedule = job.schedule
         self.restart = job.restart
+        self.unrecorded: list[dict[str, Any]] = []
+        """Events of a round that was never finished, for ``summary.json``."""
         self.tables = RunTables(self.folder, prepared.client_ids, prepared.dataset.task.score_name)
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_drafts(self.folder, FILES)
@@ -110,6 +113,7 @@ class RunWriter:
             write_json(self.folder / SCHEDULE, list(self.schedule))
         self.tracker: Tracker = self._open_tracker(job)
         self._began = time.monotonic()
+        self._resumes = job.resume
         self._raised: set[str] = set()
         self._full = False
 
@@ -154,6 +158,10 @@ class RunWriter:
             Events of the rounds after it, which are done again.
         """
         dropped = self.tables.restore(last_round)
+        if self._resumes:
+            # Once: rounds that are done again after a lost host have been counted as they passed.
+            self._resumes = False
+            self._began -= sum(seconds_of(row) for row in self.tables.rows())
         if changed(self.schedule):
             for row in self.tables.rows():
                 self.tracker.log({k: v for k, v in row.items() if "/" in k}, row["round_index"])
@@ -225,5 +233,6 @@ class RunWriter:
             "digest": None if newest is None else newest["digest"],
             "error": error,
             "folder": str(self.folder),
+            **({"events": self.unrecorded} if self.unrecorded else {}),
             **({"schedule": list(self.schedule)} if self.schedule else {}),
         }

@@ -170,7 +170,7 @@ def open_states(folder: str | None, clients: Iterable[int], device: torch.device
 
 
 def _write(leaf: _Leaf, place: int, row: npt.NDArray[Any]) -> None:
-    assert row.shape == leaf.shape, "all rows of a run have one shape"
+    assert (row.shape, row.dtype) == (leaf.shape, leaf.dtype), "all rows of a run are alike"
     data = np.ascontiguousarray(row).reshape(-1).view(np.uint8).data
     at = place * len(data)
     while len(data):

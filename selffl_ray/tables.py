@@ -89,6 +89,8 @@ def read_tables(folder: Path, last_round: int) -> dict[str, pa.Table]:
     evaluated = [] if table is None or "eval_s" not in table.column_names else table["eval_s"]
     if "clients" not in kept and any(cell.is_valid for cell in evaluated):
         raise CheckpointError(f"{folder / 'clients.parquet'} is missing; {MEND}")
+    if "participation" not in kept and table is not None and "late" in table.column_names:
+        raise CheckpointError(f"{folder / 'participation.parquet'} is missing; {MEND}")
     if rounds != list(range(last_round + 1)):
         raise CheckpointError(
             f"{folder / 'rounds.parquet'} lacks rounds that the checkpoint of round {last_round} "

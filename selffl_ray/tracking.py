@@ -257,7 +257,7 @@ class MLflowTracker:
 
     def _open_run(self, client: MlflowClient) -> None:
         if self.run_id is not None:
-            history = client.get_metric_history(self.run_id, "train/loss")
+            history = client.get_metric_history(self.run_id, "clients/participants")
             self._last_step = max((m.step for m in history), default=-1)
             client.update_run(self.run_id, status="RUNNING")
             return

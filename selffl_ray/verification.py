@@ -16,6 +16,7 @@ from selffl_ray.api import Interrupt, run_experiment
 from selffl_ray.config import load_config
 from selffl_ray.environment import processor
 from selffl_ray.errors import DataError, UsageError
+from selffl_ray.faults import RETRIED
 from selffl_ray.run_loop import Progress
 from selffl_ray.run_writer import check_one_configuration
 
@@ -103,12 +104,25 @@ def _read(folder: Path) -> tuple[_Environment, pd.DataFrame]:
             found["packages"]["torch"],
         )
         rounds = pd.read_parquet(folder / "rounds.parquet")
+        _check_nobody_was_left_out(rounds, folder)
         return environment, rounds[["round_index", "digest"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{folder} is not the folder of a run ({error}); give one that holds config.yaml, "
             "environment.json and rounds.parquet"
         ) from error
+
+
+def _check_nobody_was_left_out(rounds: pd.DataFrame, folder: Path) -> None:
+    """Failures that a repetition would not have change the bits, and rightly so."""
+    for text in rounds.get("events", ()):
+        for event in json.loads(text or "[]"):
+            if event["outcome"] == "left out" and event["kind"] in RETRIED:
+                raise UsageError(
+                    f"{folder}: client {event['client_id']!r} was left out of round "
+                    f"{event['round_index']} ({event['cause']}), so a repetition that has it must "
+                    "differ from there on; verify a run without such events"
+                )
 
 
 def _check_comparable(was: _Environment, folder: Path) -> None:

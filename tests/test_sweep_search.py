@@ -263,7 +263,7 @@ def test_a_plan_holds_the_first_batch_with_every_seed(tmp_path):
 
 def test_without_the_package_one_line_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    message = r"^searcher: optuna is not installed here; pip install 'selffl-ray\[optuna\]', or"
+    message = r"^searcher: optuna is not installed here; pip install -e '\.\[optuna\]', or"
     with pytest.raises(ConfigError, match=message) as caught:
         check_search(sweep_of(RATE), tmp_path)
     assert "\n" not in str(caught.value)

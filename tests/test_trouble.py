@@ -416,3 +416,27 @@ def test_selffl_says_that_deshrinking_does_not_know_of_partial_work():
     assert said(*shrunk, *trouble)
     assert not said(*shrunk)
     assert not said(*trouble)
+
+
+def test_a_client_whose_work_is_whole_takes_all_steps_that_its_method_plans(tmp_path):
+    """Ditto's own model takes more steps than the training has, whatever befalls a neighbour."""
+    trouble = "training.trouble={{stragglers: {{spread: {spread}}}, deadline: 4.5, late: partial}}"
+    method = "method={name: ditto, personal_steps: 12}"
+    settings = [s for s in RUN if "trouble" not in s and "method" not in s]
+
+    def losses(spread):
+        config = load_config(
+            None, [*settings, method, trouble.format(spread=spread), "training.num_rounds=1"]
+        )
+        plan = prepare_experiment(config).plans[0].trouble
+        run = run_experiment(config, output=tmp_path / str(spread))
+        whole = {plan.asked[i] for i in np.flatnonzero(plan.outcome == "answered")}
+        test = run.clients[run.clients["split"] == "test"]
+        return whole, test.set_index("client_id")["local_loss"]
+
+    (everybody, quiet), (some, late) = losses(1e-9), losses(0.9)
+    assert 0 < len(some) < len(everybody)
+    names = prepare_experiment(load_config(None, settings)).client_ids
+    assert len(quiet) == len(names)
+    for index in some:
+        assert quiet[names[index]] == late[names[index]]
