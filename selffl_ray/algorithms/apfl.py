@@ -107,14 +107,12 @@ def apfl(config: APFLConfig, federation: Federation) -> Algorithm:
         def train_own(own: Mixture, w_CP: Tensor, step: Step) -> Mixture:
             # In place: to read and write whole models costs as much as a gradient.
             own_AP, w_AP, share_A1 = (t[step.pick] for t in (own.params_CP, w_CP, own.share_C1))
-            grad_AP = step.grad_at(torch.lerp(w_AP, own_AP, share_A1))
+            grad_AP, rate_A1 = step.grad_at(torch.lerp(w_AP, own_AP, share_A1)), rate * share_A1
             if config.adaptive and step.index == 0:
                 slope_A1 = ((own_AP - w_AP) * grad_AP).sum(1, keepdim=True)
                 moved_A1 = (share_A1 - config.share_rate * rate * slope_A1).clamp(0, 1)
-            else:
-                moved_A1 = share_A1
-            subtract(own.params_CP, (step.pick, slice(None)), grad_AP.mul_(rate * share_A1))
-            own.share_C1[step.pick] = moved_A1
+                own.share_C1[step.pick] = moved_A1
+            subtract(own.params_CP, (step.pick, slice(None)), grad_AP.mul_(rate_A1))
             return own
 
         before = Mixture(state.params_CP.clone(), state.share_C1.clone())
@@ -123,8 +121,7 @@ def apfl(config: APFLConfig, federation: Federation) -> Algorithm:
         return Local(own, upload, Empty(), trained.loss_C, 2 * trained.num_steps_C)
 
     def personalize(shared: Global, per_client: Empty, state: Any, stack: Stack) -> Personal:
-        mixed_CP = _mix(state, state.local_CP if keeps_local else shared.params_P)
-        return at_no_cost(mixed_CP)
+        return at_no_cost(_mix(state, state.local_CP if keeps_local else shared.params_P))
 
     return replace(
         fedavg(config, federation),

@@ -139,8 +139,7 @@ def _strength(config: L2GDConfig, federation: Federation, probability: float) ->
         )
     if training.trouble.keeps_away:
         raise ConfigError(
-            "training.trouble must leave every client in every round with method l2gd, since each "
-            "pull needs the mean of all models; set stragglers only, or take another method"
+            "training.trouble must keep nobody away with method l2gd; set stragglers only"
         )
     odds = (1 - probability) / probability
     if training.learning_rate * config.pull * odds > 1:

@@ -118,8 +118,7 @@ def meta_gradient(
 ) -> tuple[None, Tensor]:
     """Gradient in w of the loss after an inner step: (A, P), overwritten by the next gradient."""
     w_AP = w_CP[step.pick]
-    inner_AP = step.grad_at(w_AP, step.batch("inner"))
-    u_AP = w_AP - inner_AP.mul_(config.inner_rate)
+    u_AP = w_AP - step.grad_at(w_AP, step.batch("inner")).mul_(config.inner_rate)
     grad_AP = step.grad_at(u_AP)
     if config.variant == "fo":
         return carry, grad_AP
@@ -128,5 +127,5 @@ def meta_gradient(
     behind_AP = step.grad_at(w_AP - config.hessian_step * along_AP, batch)
     # The loss of the step is that of u, not of the points of the difference.
     step.loss_A = loss_A
-    curved_AP = (ahead_AP - behind_AP) / (2 * config.hessian_step)
-    return carry, along_AP - config.inner_rate * curved_AP
+    factor = config.inner_rate / (2 * config.hessian_step)
+    return carry, along_AP - (ahead_AP - behind_AP).mul_(factor)
