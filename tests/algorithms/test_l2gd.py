@@ -161,7 +161,7 @@ def test_a_wrong_option_is_named(options, message):
         (
             "pull: 0.1",
             "trouble.deadline=30",
-            "training.trouble must leave every client in every rou",
+            "training.trouble must keep nobody away with method l2gd",
         ),
         ("pull: 1.0", "num_local_steps=20", r"must be <= 1 .* got 0.3 \* 1.0 \* 19; lower pull"),
         ("pull: 0.1", "num_local_steps=1", "method.communication: one local step a round on avera"),
