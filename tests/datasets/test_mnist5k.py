@@ -103,7 +103,7 @@ def test_no_cut_of_the_file_is_believed(stores, share):
 
 
 def test_a_source_that_is_not_there_is_told(tmp_path):
-    message = r"mnist5k: data\.source: there is no file .*nowhere; pip install 'selffl-ray\[mnist5k"
+    message = r"mnist5k: data\.source: there is no file .*nowhere; pip install -e '\.\[mnist5k"
     with pytest.raises(DataError, match=message):
         mnist5k().find(str(tmp_path / "nowhere"))
 

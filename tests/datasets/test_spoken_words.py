@@ -99,7 +99,7 @@ def test_wrong_options_are_refused(options, message):
 
 def test_without_the_package_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    message = r"espeakng-loader is not installed here.*; pip install 'selffl-ray\[audio\]'"
+    message = r"espeakng-loader is not installed here.*; pip install -e '\.\[audio\]'"
     with pytest.raises(DataError, match=message) as error:
         spoken_words().find(None)
     assert "\n" not in str(error.value)

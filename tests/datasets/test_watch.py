@@ -238,14 +238,14 @@ def test_the_source_is_the_file_or_its_folder(tmp_path):
     path = written(tmp_path, content())
     dataset = datasets.make(Component("watch"))
     assert dataset.find(str(path)) == dataset.find(str(tmp_path)) == (path,)
-    message = r"data\.source: there is no file .*nowhere; pip install 'selffl-ray\[watch\]', or"
+    message = r"data\.source: there is no file .*nowhere; pip install -e '\.\[watch\]', or"
     with pytest.raises(DataError, match=message):
         dataset.find(str(tmp_path / "nowhere"))
 
 
 def test_without_package_and_source_one_line_says_what_to_do(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    message = r"^watch: seglearn is not installed .*; pip install 'selffl-ray\[watch\]', or give "
+    message = r"^watch: seglearn is not installed .*; pip install -e '\.\[watch\]', or give "
     with pytest.raises(DataError, match=message) as caught:
         datasets.make(Component("watch")).find(None)
     assert "\n" not in str(caught.value)
