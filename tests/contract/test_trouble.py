@@ -49,7 +49,9 @@ def prepared_or_refused(name, stays):
     settings = harness.as_allowed(name, (*TROUBLE, stays))
     if settings == (*TROUBLE, stays):
         return harness.prepared_with(name, settings)
-    with pytest.raises(ConfigError, match=rf"^training\.trouble must leave .* method {name}"):
+    with pytest.raises(
+        ConfigError, match=rf"^training\.trouble must keep nobody away with method {name}"
+    ):
         harness.prepared_with(name, settings)
     return None
 
