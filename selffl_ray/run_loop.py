@@ -158,19 +158,23 @@ class RunLoop:
         Raises:
             RunError: too many in a row.
         """
-        at = min(self._now, len(self._prepared.plans) - 1)
+        last = len(self._prepared.plans) - 1
+        at = min(self._reached + 1, last)
         enough = losses > self._prepared.config.faults.max_retries
         causes = []
         for item in error.lost:
             where = self._pool.whereabouts(item.host)
             causes.append(f"host {item.host}: {item.cause} ({where})")
-            asked = self._pool.homes[self._prepared.plans[at].cohort]
+            # A lack of memory belongs to the round that is done, maybe again; a host that is found
+            # lost while rounds are done again went with the one that was lost before it.
+            now = min(self._now, last) if item.kind == "memory" else at
+            asked = self._pool.homes[self._prepared.plans[now].cohort]
             here = int((asked == item.host).sum())
             done: Outcome = "aborted" if enough else "replaced"
-            self._events.note(Event(at, losses, item.kind, None, here, item.cause, *where, done))
+            self._events.note(Event(now, losses, item.kind, None, here, item.cause, *where, done))
             if item.kind == "memory":
                 clients = np.flatnonzero(self._pool.homes == item.host).tolist()
-                renewed = self._run.renewed | {(at, client) for client in clients}
+                renewed = self._run.renewed | {(now, client) for client in clients}
                 self._run = dataclasses.replace(self._run, renewed=renewed)
         why = "; ".join(causes)
         if enough:
@@ -194,6 +198,7 @@ class RunLoop:
             path, self._digest, algorithm.init(start_P), algorithm.init_client(start_P, 1)
         )
         self._now = saved.counters.round_index + 1
+        self._reached = max(self._reached, saved.counters.round_index)
         self._events.recall(self._writer.restore(saved.counters.round_index))
         self._pool.import_states(saved.states)
         return _Place(saved.counters.round_index + 1, saved.server, saved.counters.gradient_steps)
