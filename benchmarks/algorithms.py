@@ -12,16 +12,14 @@ what a method costs beyond its gradients.
 from __future__ import annotations
 
 import argparse
-import platform
 import tempfile
 import time
-from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.saving import save
 from benchmarks.workloads import workload_config
 from selffl_ray import run_experiment
-from selffl_ray.environment import processor
 from selffl_ray.registry import algorithms
 
 REFERENCE = "fedavg"
@@ -75,10 +73,7 @@ def main() -> None:
     rows = [row for n in range(options.passes) for row in one_pass(methods, n)]
     frame = pd.DataFrame(rows)
     print(table(frame).to_string())
-    if options.output:
-        frame["machine"] = f"{processor()}, {platform.platform()}"
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-        frame.to_csv(options.output, index=False, float_format="%.5f")
+    save(frame, options.output)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +24,10 @@ import numpy.typing as npt
 import pandas as pd
 import psutil
 
+from benchmarks.saving import save
 from selffl_ray import load_config
 from selffl_ray.api import make_job, placement_of
 from selffl_ray.config import resolve
-from selffl_ray.environment import processor
 from selffl_ray.execution import run_jobs
 from selffl_ray.experiment import prepare_experiment
 from selffl_ray.run_loop import Progress
@@ -159,10 +158,7 @@ def main() -> None:
             parts.append(measure(method, options.rounds, Path(folder)))
             print(slopes(parts[-1]).round(2).to_string(index=False), flush=True)
     frame = pd.concat(parts)
-    if options.output:
-        frame["machine"] = f"{processor()}, {platform.platform()}"
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-        frame.to_csv(options.output, index=False, float_format="%.0f")
+    save(frame, options.output, "%.0f")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 import statistics
 import tempfile
 import time
@@ -32,10 +31,10 @@ import pandas as pd
 
 from benchmarks import scale_memory
 from benchmarks.in_process import Bench
+from benchmarks.saving import save
 from benchmarks.workloads import workload_config
 from selffl_ray import run_experiment, training
 from selffl_ray.algorithms import fedavg
-from selffl_ray.environment import processor
 from selffl_ray.experiment import prepare_experiment
 
 KILO, MEGA = 1e3, 2**20
@@ -223,11 +222,7 @@ def main() -> None:
                 f"{found.rule:60} {found.measured:10.3f} {found.unit:7} {bound:8} {found.verdict}"
             )
             rows.append({"part": part, **found._asdict(), "verdict": found.verdict})
-    if options.output:
-        frame = pd.DataFrame(rows)
-        frame["machine"] = f"{processor()}, {platform.platform()}"
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-        frame.to_csv(options.output, index=False, float_format="%.5f")
+    save(pd.DataFrame(rows), options.output)
 
 
 if __name__ == "__main__":

@@ -18,17 +18,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 import statistics
-from pathlib import Path
 
 import pandas as pd
 
 from benchmarks.in_process import Bench, Spent, total
+from benchmarks.saving import save
 from benchmarks.workloads import workload_config
 from selffl_ray.algorithms.selffl.config import PRESETS, SelfFLConfig
 from selffl_ray.config import ExperimentConfig
-from selffl_ray.environment import processor
 from selffl_ray.registry import algorithms, inter_estimators, intra_estimators
 
 ROUNDS, WARM = 12, 2
@@ -117,10 +115,7 @@ def main() -> None:
         found = float(medians.loc[default, "overhead"])
         verdict = "met" if found <= GOAL else "missed"
         print(f"{default}, the default: {found:+.1%} of at most {GOAL:.0%}: {verdict}")
-    if options.output:
-        frame["machine"] = f"{processor()}, {platform.platform()}"
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-        frame.to_csv(options.output, index=False, float_format="%.5f")
+    save(frame, options.output)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -32,12 +31,12 @@ import numpy as np
 import pandas as pd
 import torch
 
+from benchmarks.saving import save
 from selffl_ray.client_data import ClientData
 from selffl_ray.datasets.base import Dataset, Group, no_files
 from selffl_ray.datasets.partition import NaturalConfig, natural
 from selffl_ray.datasets.splits import ClientRows, split_clients
 from selffl_ray.datasets.store import Store, prepare
-from selffl_ray.environment import processor
 from selffl_ray.messages import DataSpec
 from selffl_ray.registry import Component, register_dataset
 from selffl_ray.seeding import generator
@@ -173,11 +172,7 @@ def main() -> None:
             sizes = {"examples": config.examples, "clients": config.clients}
             rows.append({"step": step, **sizes, **figures})
             print(pd.DataFrame(rows[-1:]).round(3).to_string(index=False), flush=True)
-    if options.output:
-        frame = pd.DataFrame(rows)
-        frame["machine"] = f"{processor()}, {platform.platform()}"
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-        frame.to_csv(options.output, index=False, float_format="%.4f")
+    save(pd.DataFrame(rows), options.output, "%.4f")
 
 
 if __name__ == "__main__":

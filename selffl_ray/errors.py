@@ -20,6 +20,14 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a CPU or a GPU."""
+    # NumPy's is a MemoryError; torch raises a RuntimeError, of its own kind on a GPU only.
+    words = ("allocate memory", "out of memory")
+    told = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return told or isinstance(error, MemoryError)
+
+
 class SelfFLError(Exception):
     """Base of all errors that this package raises on purpose."""
 

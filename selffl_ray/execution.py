@@ -75,8 +75,7 @@ class JobRunner:
                 _load(pool, prepared)
                 self._loaded = data
             writer = RunWriter(job, prepared)
-            writer.write_environment(plan, self._where)
-            return _run_one(prepared, pool, writer, control)
+            return _run_one(prepared, pool, writer, control, where=(plan, self._where))
 
     def _pool_for(
         self, prepared: Prepared, plan: PlacementPlan, label: str, plugin_folder: str
@@ -104,9 +103,15 @@ def _load(pool: ClientPool, prepared: Prepared) -> None:
 
 
 def _run_one(
-    prepared: Prepared, pool: ClientPool, writer: RunWriter, control: Control
+    prepared: Prepared,
+    pool: ClientPool,
+    writer: RunWriter,
+    control: Control,
+    *,
+    where: tuple[PlacementPlan, list[dict[str, Any]]],
 ) -> dict[str, Any]:
     try:
+        writer.write_environment(*where)
         status = RunLoop(prepared, pool, writer, control).go()
     except BaseException as error:
         try:

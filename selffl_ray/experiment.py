@@ -18,7 +18,7 @@ from selffl_ray.datasets.base import Dataset, KnownVariances
 from selffl_ray.datasets.splits import ClientRows, Partition, split_clients
 from selffl_ray.datasets.store import Store, prepare, store_root
 from selffl_ray.driver import EvaluationPlan
-from selffl_ray.errors import ConfigError, DataError
+from selffl_ray.errors import ConfigError, DataError, is_lack_of_memory
 from selffl_ray.evaluation import metric_names
 from selffl_ray.flat import ParamSpec
 from selffl_ray.messages import DataSpec, RunSpec, Split
@@ -88,7 +88,7 @@ def enough_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        if not is_lack_of_memory(error):
             raise
         found = " ".join(str(error).split()) or "out of memory"
         raise ConfigError(

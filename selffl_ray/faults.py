@@ -18,13 +18,13 @@ All of it stands in the tables, see ``events.py``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from selffl_ray.errors import ConfigError
 from selffl_ray.events import Outcome
 from selffl_ray.messages import ClientFailure, FailureKind
+from selffl_ray.participation import share_of
 
 RETRIED: frozenset[FailureKind] = frozenset({"raised", "memory"})
 """Failures that asking again may mend."""
@@ -111,7 +111,7 @@ def decide(
     if starved and config.max_retries:
         return Replace(starved)
     # Less a little: 0.55 of 100 is 55.00000000000001.
-    needed = max(1, math.ceil(config.min_participants * asked - 1e-9))
+    needed = max(1, share_of(config.min_participants, asked))
     answered = asked - len(failures)
     if answered >= needed:
         return Proceed()

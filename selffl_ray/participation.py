@@ -136,8 +136,8 @@ def _troubled(
     plans = []
     for index in range(training.num_rounds):
         available = np.flatnonzero(luck.there_MR[:, index]).astype(np.int64)
-        asked = draw_cohort(seed, index, available, _ceil(config.over_selection * size))
-        needed = _ceil(config.wait_for * min(size, len(available)))
+        asked = draw_cohort(seed, index, available, share_of(config.over_selection, size))
+        needed = share_of(config.wait_for, min(size, len(available)))
         found = close_round(config, _round_of(luck, asked, index), steps_M[asked], needed)
         outcome = Outcome(len(available), asked, *found)
         counted = np.isin(outcome.outcome, (ANSWERED, PARTIAL))
@@ -147,9 +147,10 @@ def _troubled(
     return plans
 
 
-def _ceil(number: float) -> int:
+def share_of(share: float, count: int) -> int:
+    """A share of some clients, rounded up."""
     # Less a little: 0.55 of 100 is 55.00000000000001.
-    return math.ceil(number - 1e-9)
+    return math.ceil(share * count - 1e-9)
 
 
 class Fate(NamedTuple):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from selffl_ray import trees
 from selffl_ray.algorithms.base import Local
+from selffl_ray.errors import is_lack_of_memory
 from selffl_ray.flat import representable
 from selffl_ray.messages import ClientFailure, FailureKind, LocalAnswer, Shapes
 
@@ -79,11 +80,7 @@ def failure_kind(error: Exception) -> tuple[str, FailureKind]:
     """An error of a client in words and as a kind."""
     if isinstance(error, ShapeError):
         return str(error), "shape"
-    # On the CPU torch raises a plain RuntimeError.
-    starved = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error)
-    )
-    return repr(error), "memory" if starved else "raised"
+    return repr(error), "memory" if is_lack_of_memory(error) else "raised"
 
 
 def agreeing(

@@ -36,7 +36,7 @@ def verify_run(folder: Path, watch: Callable[[Any], None]) -> Verdict:
 
     Raises:
         UsageError: not a run's folder, or bits cannot be compared: another processor, GPU or
-            torch.
+            torch, or a client that failed was left out.
     """
     environment, rounds = _read(folder)
     _check_comparable(environment, folder)

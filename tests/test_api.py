@@ -26,12 +26,13 @@ from selffl_ray import (
 )
 from selffl_ray.api import Interrupt, new_folder, parse_method
 from selffl_ray.checkpoint import latest_checkpoint
-from selffl_ray.errors import ConfigError, DataError, RunError
+from selffl_ray.errors import ConfigError, DataError, RunError, UsageError
 from selffl_ray.experiment import Prepared, prepare_experiment
 from selffl_ray.pool import HostLost, LocalTransport
 from selffl_ray.registry import Component
 from selffl_ray.run_loop import Message, Progress
 from selffl_ray.runtime.placement import ActorPlan, PlacementPlan
+from selffl_ray.verification import verify_run
 
 LOCAL = ("placement.backend=local", "tracking.enabled=false", "training.num_rounds=3")
 SMALL = "data={name: gaussian, num_clients: 5, dimension: 4, num_examples: [5, 30]}"
@@ -600,3 +601,47 @@ def test_tables_are_on_disk_before_the_checkpoint_that_counts_on_them(tmp_path, 
     monkeypatch.setattr(run_loop, "save_checkpoint", looking)
     run_experiment(config(*FRAGILE), output=tmp_path / "run")
     assert found == [(1, 1), (3, 3), (5, 5)]
+
+
+MISBEHAVING = (SMALL, "plugins=[tests.runtime.misbehaving]", "training.num_rounds=4")
+
+
+def test_the_failure_that_ends_a_run_stands_in_its_summary(tmp_path):
+    """The round never ended, so the table has no row for it."""
+    chosen = config(*MISBEHAVING, "faults.max_retries=0", "faults.min_participants=1.0")
+    first = prepare_experiment(chosen).client_ids[0]
+    bad = config(
+        *MISBEHAVING,
+        *("faults.max_retries=0", "faults.min_participants=1.0"),
+        f"method={{name: misbehaving, raising: [{first}], from_round: 2}}",
+    )
+    with pytest.raises(RunError, match="the dog ate the gradient"):
+        run_experiment(bad, output=tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    told = [(e["round_index"], e["client_id"], e["outcome"]) for e in summary["events"]]
+    assert told == [(2, first, "aborted")]
+    rows = pd.read_parquet(tmp_path / "run" / "rounds.parquet")
+    assert rows["events"].tolist() == ["[]", "[]"]
+
+
+def test_a_run_without_failures_has_none_in_its_summary(tmp_path):
+    result = run_experiment(config(SMALL, "training.num_rounds=2"), output=tmp_path / "run")
+    assert "events" not in result.summary
+
+
+def test_verify_names_a_client_that_was_left_out_and_repeats_nothing(tmp_path):
+    first = prepare_experiment(config(SMALL)).client_ids[0]
+    run_experiment(
+        config(*MISBEHAVING, f"method={{name: misbehaving, raising: [{first}], from_round: 2}}"),
+        output=tmp_path / "run",
+    )
+    with pytest.raises(UsageError, match=rf"client '{first}' was left out of round 2 \(.*dog"):
+        verify_run(tmp_path / "run", lambda event: None)
+
+
+def test_the_wall_time_of_a_run_that_went_on_counts_what_came_before(tmp_path):
+    chosen = config(SMALL, "method=fedavg", "training.num_rounds=300", "checkpoint.every=300")
+    whole = run_experiment(chosen, output=tmp_path / "run")
+    spent = float(whole.rounds["time/round_s"].sum())
+    again = run_experiment(chosen, resume=tmp_path / "run")
+    assert again.summary["wall_s"] > spent

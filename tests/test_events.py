@@ -64,6 +64,7 @@ def test_a_refused_shape_is_said_with_the_right_one():
         (MemoryError(), "memory"),
         (RuntimeError("the shape is wrong"), "raised"),
         (torch.OutOfMemoryError("CUDA out of memory"), "memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "memory"),
     ],
 )
 def test_an_error_is_told_from_a_lack_of_memory(error, kind):

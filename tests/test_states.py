@@ -8,6 +8,7 @@ import os
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,6 +45,16 @@ def row_of(number: int) -> Row:
 def same(one: Row, other: Row) -> bool:
     pairs = list(zip(trees.leaves(one), trees.leaves(other), strict=True))
     return all(a.dtype == b.dtype and torch.equal(a, b) for (_, a), (_, b) in pairs)
+
+
+def test_a_row_of_another_type_is_not_written_over_its_neighbours(tmp_path):
+    disk = DiskStates(tmp_path, CLIENTS, CPU)
+    disk.put(CLIENTS[0], row_of(1))
+    kept = disk[CLIENTS[0]]
+    wide = row_of(2)._replace(params_CP=row_of(2).params_CP.double())
+    with pytest.raises(AssertionError, match="all rows of a run are alike"):
+        disk.put(CLIENTS[1], wide)
+    assert same(disk[CLIENTS[0]], kept)
 
 
 PUTS = st.lists(st.tuples(st.sampled_from(CLIENTS), st.integers(0, 99)), max_size=20)
@@ -150,8 +161,6 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(tmp_path):
         run_experiment(config, resume=folder)
         assert sorted(p.name for p in folder.iterdir()) == before
     found = [run.joinpath("rounds.parquet") for run in folders]
-    import pandas as pd
-
     digests = [pd.read_parquet(path)["digest"].tolist() for path in found]
     assert len(set(digests[0])) == 4
     assert digests[0] == digests[1]

@@ -20,7 +20,14 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
-from selffl_ray import ExperimentConfig, Result, load_config, run_experiment, tracking
+from selffl_ray import (
+    ExperimentConfig,
+    Result,
+    load_config,
+    run_experiment,
+    run_writer,
+    tracking,
+)
 from selffl_ray.api import Interrupt, make_job
 from selffl_ray.errors import ConfigError, RunError
 from selffl_ray.run_loop import Message, Progress
@@ -575,3 +582,25 @@ def test_a_password_in_the_environment_reaches_no_file_and_no_message(
     assert SECRET not in repr(events)
     assert re.search(rb"http://\*\*\*@127", files)
     assert SECRET not in repr(result.summary)
+
+
+def test_a_run_whose_environment_cannot_be_written_ends_as_failed(store, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_writer.RunWriter, "write_environment", full)
+    with pytest.raises(RunError, match="No space left on device"):
+        run_experiment(config(store), output=tmp_path / "run")
+    assert [run.info.status for run in runs_in(store)] == ["FAILED"]
+
+
+def test_rounds_of_nobody_are_not_sent_twice_when_a_run_goes_on(store, tmp_path):
+    """The last rounds have no training loss; what was sent is known all the same."""
+    stays = tmp_path / "stays.csv"
+    stays.write_text("client_id,first_round,last_round\nform-00,0,1\n")
+    chosen = config(store, f"training.trouble.trace={stays}", "training.num_rounds=4")
+    run_experiment(chosen, output=tmp_path / "run")
+    run_experiment(chosen, resume=tmp_path / "run")
+    (run,) = runs_in(store)
+    assert [step for step, _ in series(store, run, "train/loss")] == [0, 1]
+    assert [step for step, _ in series(store, run, "clients/participants")] == [0, 1, 2, 3]

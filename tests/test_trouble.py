@@ -381,6 +381,14 @@ def test_a_trace_that_has_changed_is_noticed_when_a_run_goes_on(tmp_path):
         run_experiment(config, resume=tmp_path / "run")
 
 
+def test_a_run_that_has_lost_who_took_part_cannot_go_on(tmp_path):
+    config = load_config(None, RUN)
+    run_experiment(config, output=tmp_path / "run")
+    (tmp_path / "run" / "participation.parquet").unlink()
+    with pytest.raises(CheckpointError, match=r"participation\.parquet is missing"):
+        run_experiment(config, resume=tmp_path / "run")
+
+
 MISBEHAVING = (
     *RUN[:5],
     "plugins=[tests.runtime.misbehaving]",

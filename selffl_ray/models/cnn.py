@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selffl_ray.errors import ConfigError
-from selffl_ray.flat import FlatParams, ParamSpec
+from selffl_ray.flat import FlatParams
 from selffl_ray.models.base import Leaves, Model, refuse_tokens
-from selffl_ray.models.mlp import dense_init, dense_spec, dense_stack
+from selffl_ray.models.convolutions import check_convolutions, conv_spec
+from selffl_ray.models.mlp import dense_init, dense_stack
 from selffl_ray.registry import register_model
 from selffl_ray.tasks import DataShape
 
@@ -38,14 +39,7 @@ class CNNConfig:
     """Units of the dense layers before the output."""
 
     def __post_init__(self) -> None:
-        for field, least in (("kernel", 1), ("stride", 1), ("pool", 1), ("padding", 0)):
-            if getattr(self, field) < least:
-                raise ConfigError(f"model.{field} must be >= {least}, got {getattr(self, field)}")
-        if not self.channels or any(c < 1 for c in (*self.channels, *self.hidden)):
-            raise ConfigError(
-                "model.channels needs at least one positive number and model.hidden positive "
-                f"ones, got {list(self.channels)} and {list(self.hidden)}"
-            )
+        check_convolutions(self)
 
 
 @register_model("cnn", CNNConfig)
@@ -57,10 +51,7 @@ def cnn(config: CNNConfig, shape: DataShape) -> Model:
     refuse_tokens("cnn", shape)
     features, convs = _conv_shapes(config, shape)
     widths = (features, *config.hidden, shape.num_outputs)
-    dense = dense_spec([*(f"hidden{i}" for i in range(len(config.hidden))), "output"], widths)
-    conv_names = tuple(f"conv{i}.{p}" for i in range(len(convs)) for p in ("weight", "bias"))
-    conv_shapes = tuple(s for weight in convs for s in (weight, weight[:1]))
-    spec = ParamSpec((*conv_names, *dense.names), (*conv_shapes, *dense.shapes))
+    spec = conv_spec(convs, [w[:1] for w in convs], widths)
 
     def apply(leaves: Leaves, x: Tensor) -> Tensor:
         rows, batch = x.shape[:2]

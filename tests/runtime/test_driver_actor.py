@@ -11,9 +11,11 @@ import time
 import pandas as pd
 import pytest
 
-from selffl_ray.api import Interrupt, run_experiment
+from selffl_ray.algorithms.ditto import DittoConfig
+from selffl_ray.api import Interrupt, run_comparison, run_experiment
 from selffl_ray.config import load_config
 from selffl_ray.errors import ClientError, ConfigError, DriverLostError, RunError, SelfFLError
+from selffl_ray.registry import Component
 from selffl_ray.run_loop import Message, Progress
 from selffl_ray.runtime import driver_actor
 from selffl_ray.runtime.placement import PlacementPlan
@@ -146,6 +148,29 @@ def test_a_driver_actor_that_dies_too_often_ends_the_run_and_what_was_done_is_ke
         "round_3",
         "round_7",
     ]
+
+
+def test_a_run_that_was_finished_before_the_driver_actor_died_is_not_done_again(
+    local_ray, tmp_path
+):
+    config = mortal([9], tmp_path, "tracking.enabled=false")
+    other = Component("ditto", DittoConfig())
+    written = tmp_path / "all" / "ditto-s0" / "summary.json"
+    first, seen = [], []
+
+    def watch(event):
+        seen.append(event)
+        if not first and written.exists():
+            first.append(written.read_text())
+
+    done, died = run_comparison(
+        config, [other, config.method], output=tmp_path / "all", watch=watch
+    )
+    assert sum(isinstance(event, Message) for event in seen) == 1
+    assert died.summary["status"] == "FINISHED"
+    assert [written.read_text()] == first
+    assert done.summary["wall_s"] == json.loads(first[0])["wall_s"]
+    assert set(done.rounds["events"]) == {"[]"}
 
 
 class Greedy:
