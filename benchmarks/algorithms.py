@@ -17,7 +17,7 @@ import time
 
 import pandas as pd
 
-from benchmarks.saving import save
+from benchmarks.command_line import chosen, save
 from benchmarks.workloads import workload_config
 from selffl_ray import run_experiment
 from selffl_ray.registry import algorithms
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--methods", default=None, help="names with commas; all by default")
     parser.add_argument("--output", default=None)
     options = parser.parse_args()
-    methods = options.methods.split(",") if options.methods else algorithms.names()
+    methods = chosen(parser, "--methods", options.methods, algorithms.names())
     steady(REFERENCE)  # Prepares the data and warms the caches.
     rows = [row for n in range(options.passes) for row in one_pass(methods, n)]
     frame = pd.DataFrame(rows)

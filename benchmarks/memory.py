@@ -24,12 +24,13 @@ import numpy.typing as npt
 import pandas as pd
 import psutil
 
-from benchmarks.saving import save
+from benchmarks.command_line import chosen, save
 from selffl_ray import load_config
 from selffl_ray.api import make_job, placement_of
 from selffl_ray.config import resolve
 from selffl_ray.execution import run_jobs
 from selffl_ray.experiment import prepare_experiment
+from selffl_ray.registry import algorithms
 from selffl_ray.run_loop import Progress
 from selffl_ray.run_writer import Job
 from selffl_ray.runtime.actors import Control
@@ -152,9 +153,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.rounds < WARM_UP + 3:
         parser.error(f"--rounds must be >= {WARM_UP + 3}, got {options.rounds}")
+    methods = chosen(parser, "--methods", options.methods, algorithms.names())
     parts = []
     with tempfile.TemporaryDirectory() as folder:
-        for method in options.methods.split(","):
+        for method in methods:
             parts.append(measure(method, options.rounds, Path(folder)))
             print(slopes(parts[-1]).round(2).to_string(index=False), flush=True)
     frame = pd.concat(parts)

@@ -30,8 +30,8 @@ from unittest import mock
 import pandas as pd
 
 from benchmarks import scale_memory
+from benchmarks.command_line import chosen, save
 from benchmarks.in_process import Bench
-from benchmarks.saving import save
 from benchmarks.workloads import workload_config
 from selffl_ray import run_experiment, training
 from selffl_ray.algorithms import fedavg
@@ -210,12 +210,12 @@ PARTS: dict[str, Callable[[int], Iterable[Finding]]] = {
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--parts", default=None, help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--output", default=None)
     options = parser.parse_args()
     rows = []
-    for part in options.parts.split(","):
+    for part in chosen(parser, "--parts", options.parts, PARTS):
         for found in PARTS[part](options.passes):
             bound = "" if found.bound is None else f"<= {found.bound:g}"
             print(

@@ -22,8 +22,8 @@ import statistics
 
 import pandas as pd
 
+from benchmarks.command_line import chosen, save
 from benchmarks.in_process import Bench, Spent, total
-from benchmarks.saving import save
 from benchmarks.workloads import workload_config
 from selffl_ray.algorithms.selffl.config import PRESETS, SelfFLConfig
 from selffl_ray.config import ExperimentConfig
@@ -101,9 +101,8 @@ def main() -> None:
     parser.add_argument("--variants", default=None, help="names with commas; all by default")
     parser.add_argument("--output", default=None)
     options = parser.parse_args()
-    wanted = variants()
-    if options.variants:
-        wanted = {name: wanted[name] for name in options.variants.split(",")}
+    known = variants()
+    wanted = {name: known[name] for name in chosen(parser, "--variants", options.variants, known)}
     bench = Bench(config_of("method=fedavg"))
     Cost(bench, config_of("method=fedavg"))  # Warms the caches.
     frame = pd.DataFrame(r for n in range(options.passes) for r in one_pass(bench, wanted, n))

@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from benchmarks.saving import save
+from benchmarks.command_line import save
 from selffl_ray.client_data import ClientData
 from selffl_ray.datasets.base import Dataset, Group, no_files
 from selffl_ray.datasets.partition import NaturalConfig, natural

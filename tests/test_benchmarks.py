@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import time
@@ -324,3 +325,21 @@ def test_placements_must_have_one_digest(second, good):
     said, fine = findings(rows)
     assert fine is good
     assert ("one digest in 2 runs" in said[0]) is good
+
+
+@pytest.mark.parametrize(
+    ("module", "flag"),
+    [
+        ("algorithms", "--methods"),
+        ("memory", "--methods"),
+        ("scale", "--parts"),
+        ("selffl", "--variants"),
+    ],
+)
+def test_an_unknown_name_is_one_line_that_says_the_known_ones(module, flag, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [module, flag, "nosuch"])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"benchmarks.{module}").main()
+    assert end.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"{flag}: unknown nosuch; known: " in last
