@@ -11,8 +11,9 @@ import torch
 
 from selffl_ray.config import ExperimentConfig
 from selffl_ray.driver import RoundRecord, Run, run_rounds
-from selffl_ray.experiment import Prepared, prepare_experiment
-from selffl_ray.pool import ClientPool, local_pool
+from selffl_ray.experiment import Prepared, fit_stacks, prepare_experiment
+from selffl_ray.pool import ClientPool, LocalTransport
+from selffl_ray.runtime.actors import device_bytes
 
 
 class Spent(NamedTuple):
@@ -26,10 +27,14 @@ class Spent(NamedTuple):
 class Bench:
     """One pool with the data of one workload, for runs of several methods one after the other."""
 
-    def __init__(self, config: ExperimentConfig, num_hosts: int = 1) -> None:
+    def __init__(
+        self, config: ExperimentConfig, num_hosts: int = 1, device: torch.device | None = None
+    ) -> None:
         torch.set_num_threads(1)
         self.prepared = prepare_experiment(config)
-        self.pool: ClientPool = local_pool(len(self.prepared.clients), num_hosts)
+        homes = [i % num_hosts for i in range(len(self.prepared.clients))]
+        self.pool = ClientPool(LocalTransport(num_hosts, device), homes)
+        self._memory_bytes = device_bytes(device or torch.device("cpu"), 1.0)
         self.pool.load(self.prepared.data_spec, self.prepared.clients)
 
     def rounds(self, config: ExperimentConfig, evaluated: Collection[int] = ()) -> Iterator[Spent]:
@@ -38,7 +43,7 @@ class Bench:
         Args:
             evaluated: rounds that end with an evaluation, which is then part of what they took.
         """
-        prepared = prepare_experiment(config)
+        prepared = fit_stacks(prepare_experiment(config), [self._memory_bytes])
         same = prepared.partition.digest == self.prepared.partition.digest
         assert same, "the pool holds the data of its workload only"
         self.pool.begin(prepared.run_spec, prepared.algorithm)

@@ -24,12 +24,13 @@ from benchmarks.peers.peer_workload import (
 class PlainLoop:
     """Federated averaging in a plain loop over the clients of a workload."""
 
-    def __init__(self, work: Workload) -> None:
+    def __init__(self, work: Workload, device: torch.device | None = None) -> None:
         self._work = work
-        self._model = build_model(work.weights)
+        self._model = build_model(work.weights).to(device)
         self._params = [p.data for p in self._model.parameters()]
         self._global = [p.clone() for p in self._params]
-        self._data = [work.examples(client) for client in range(len(work.num_M))]
+        examples = (work.examples(client) for client in range(len(work.num_M)))
+        self._data = [(x.to(device), y.to(device)) for x, y in examples]
         self._rng = np.random.default_rng(0)
 
     def rounds(self) -> list[float]:
@@ -39,7 +40,7 @@ class PlainLoop:
     def weights(self) -> dict[str, np.ndarray]:
         """The global model by name."""
         names = (name for name, _ in self._model.named_parameters())
-        return {name: p.numpy() for name, p in zip(names, self._global, strict=True)}
+        return {name: p.cpu().numpy() for name, p in zip(names, self._global, strict=True)}
 
     def _round(self, cohort: list[int]) -> float:
         began = time.perf_counter()
@@ -53,6 +54,8 @@ class PlainLoop:
             for total_p, mine in zip(sums, self._params, strict=True):
                 total_p.add_(mine, alpha=int(num_M[client]) / total)
         self._global = sums
+        # A device may be at work still: wait for what a server would send.
+        float(sums[-1].sum())
         return time.perf_counter() - began
 
 

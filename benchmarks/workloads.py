@@ -7,6 +7,7 @@ W2   the same clients, the usual CNN, 3 rounds
 W3   200 clients of 80 examples, MLP, everybody, 5 rounds
 W3s  the same, 20 clients a round
 W4   1000 clients of 16 examples, MLP, everybody, 3 rounds: one full-batch step, nothing random
+R1   the clients of W1, a residual network of 20 layers, 3 rounds: for a GPU
 
 Evaluation, tracking and checkpoints are off: a round is training and aggregation.
 """
@@ -30,6 +31,7 @@ COMMON = [
 ]
 MLP = ["model.name=mlp", "model.hidden=[100]"]
 CNN = ["model.name=cnn"]
+RESNET = ["model.name=resnet"]
 # A test example a client is dealt from the published test part so that its images are dealt apart:
 # the pool is the 20,000 training images then.
 POOL = ["data.partition.test_examples=1", "evaluation.splits=[0.8,0.2,0.0]"]
@@ -59,10 +61,13 @@ WORKLOADS = {
     "W3s": Workload((*_equal(200), *MLP, "training.participation_rate=0.1"), 5),
     "W4": Workload((*_equal(1000), *MLP), 3),
 }
+"""What other systems are compared on."""
+ON_GPU = WORKLOADS | {"R1": Workload((*DIRICHLET, *RESNET), 3)}
+"""What GPUs are measured on: the others, and one that takes minutes on a processor."""
 
 
 def workload_config(name: str, *more: str) -> ExperimentConfig:
     """The experiment of a workload, with further settings."""
-    workload = WORKLOADS[name]
+    workload = ON_GPU[name]
     rounds = f"training.num_rounds={workload.rounds}"
     return load_config(None, [*COMMON, *workload.settings, rounds, *more])

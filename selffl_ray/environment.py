@@ -59,7 +59,7 @@ def describe_environment(
         "partition_digest": prepared.partition.digest,
         "numerics": {
             "dtype": str(prepared.federation.spec.dtype),
-            "tf32": torch.backends.cuda.matmul.allow_tf32,
+            "tf32": any(at["device"] != "cpu" and at["tf32"] for at in where),
             "amp": False,
             "threads_per_host": 1,
         },

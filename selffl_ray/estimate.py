@@ -15,9 +15,9 @@ from selffl_ray.experiment import Prepared
 from selffl_ray.gradients import RowEngine
 from selffl_ray.participation import DROPPED, LATE, PARTIAL, RoundPlan
 from selffl_ray.runtime.placement import ACTOR_BYTES, PlacementPlan
+from selffl_ray.stacking import blank_batch
 from selffl_ray.sweep_mutation import legs, replaced
 from selffl_ray.sweep_plan import SweepPlan
-from selffl_ray.tasks import REGRESSION
 
 
 def estimate_run(prepared: Prepared, plan: PlacementPlan) -> list[str]:
@@ -157,15 +157,9 @@ def step_seconds(prepared: Prepared) -> float:
     engine = RowEngine(model, task, torch.device("cpu"))
     size_ = max(len(c.train) for c in prepared.clients)
     length = prepared.config.training.batch_length(size_)
-    shape, count = model.shape, min(prepared.run_spec.stack_size, len(prepared.clients))
-    x = torch.zeros((count, length, *shape.input_shape))
-    if shape.num_tokens is not None:
-        x = x.long()
-    y = torch.zeros((count, length), dtype=torch.int64)
-    if task is REGRESSION:
-        y = torch.zeros((count, length, 2, 2, shape.num_outputs), dtype=model.spec.dtype)
+    count = min(prepared.run_spec.stack_size, len(prepared.clients))
+    x, y, weight = blank_batch(model, task, count, length)
     theta = torch.from_numpy(prepared.run_spec.start_params).repeat(count, 1)
-    weight = torch.full((count, length), 1.0 / length, dtype=model.spec.dtype)
     best, threads = float("inf"), torch.get_num_threads()
     # As in the hosts; and a second thread would wait for a core where others work on both.
     torch.set_num_threads(1)

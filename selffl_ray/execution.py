@@ -13,7 +13,7 @@ from typing import Any
 
 from selffl_ray.checkpoint import latest_checkpoint
 from selffl_ray.errors import DriverLostError, RunError, SelfFLError, UsageError
-from selffl_ray.experiment import Prepared, prepare_experiment
+from selffl_ray.experiment import Prepared, fit_stacks, prepare_experiment
 from selffl_ray.pool import ClientPool, LocalTransport, StateLostError
 from selffl_ray.run_loop import Message, RunLoop
 from selffl_ray.run_writer import Job, Restart, RunWriter
@@ -69,6 +69,7 @@ class JobRunner:
             for caution in prepared.cautions:
                 control.emit(Message(caution))
             pool = self._pool_for(prepared, plan, label, job.plugin_folder)
+            prepared = fit_stacks(prepared, [at["memory_bytes"] for at in self._where])
             data = (prepared.store.manifest.digest, prepared.partition.digest)
             if data != self._loaded:
                 self._loaded = None

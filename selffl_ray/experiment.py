@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +27,9 @@ from selffl_ray.models.build import build_model, start_params
 from selffl_ray.participation import RoundPlan, plan_rounds, trouble_cautions
 from selffl_ray.registry import algorithms, datasets, partitioners
 from selffl_ray.seeding import generator
+from selffl_ray.stacking import stack_on_cpu, stack_on_gpu
 from selffl_ray.whole import write_whole
 
-CACHE_BYTES = 4 * 2**20
-"""A stack's parameters should fit into so much of a CPU's cache."""
-MOST_STACKED = 20
-"""Taller stacks gain nothing on a CPU."""
 LONGEST_CAUSE = 200
 """Characters of a library's message that ours repeats."""
 
@@ -138,7 +135,9 @@ def prepare_experiment(config: ExperimentConfig) -> Prepared:
             federation,
             config.seed,
             start,
-            _stack_size(config, model),
+            stack_on_cpu(model)
+            if config.placement.stack_size == "auto"
+            else config.placement.stack_size,
         ),
     )
 
@@ -210,13 +209,19 @@ def _evaluation_plan(
     return EvaluationPlan(rounds, index.astype(np.int64), new.astype(np.int64), wanted)
 
 
-def _stack_size(config: ExperimentConfig, model: Model) -> int:
-    if config.placement.stack_size != "auto":
-        return config.placement.stack_size
-    if not model.stacks_on_cpu:
-        return 1
-    fits = CACHE_BYTES // (4 * model.spec.num_params)
-    return int(np.clip(fits, 4, MOST_STACKED))
+def fit_stacks(prepared: Prepared, memory_bytes: Sequence[int]) -> Prepared:
+    """The same with stacks that fit GPUs, if all client actors have one and the size is left open.
+
+    Args:
+        memory_bytes: device memory of each client actor; 0 of one that trains on a processor.
+    """
+    open_ = prepared.config.placement.stack_size == "auto"
+    if not open_ or min(memory_bytes, default=0) == 0:
+        return prepared
+    training = prepared.config.training
+    length = max(training.batch_length(len(c.train)) for c in prepared.clients)
+    size = stack_on_gpu(prepared.model, prepared.dataset.task, length, min(memory_bytes))
+    return replace(prepared, run_spec=replace(prepared.run_spec, stack_size=size))
 
 
 def read_params(path: Path, spec: ParamSpec) -> torch.Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from selffl_ray.models.base import Model
+from selffl_ray.numerics import be_exact
 from selffl_ray.seeding import generator
 from selffl_ray.tasks import Task
 
@@ -35,13 +36,16 @@ class RowEngine:
     """Applies one model to stacks on one device.
 
     On a CPU, rows have the same bits at any height. On a GPU stacks run as they come: libraries
-    choose kernels by size there, and equality holds within rounding only.
+    choose kernels by size there, and equality holds within rounding only. An engine for a GPU
+    switches TF32 off and deterministic kernels on in its process.
     """
 
     def __init__(self, model: Model, task: Task, device: torch.device) -> None:
         self.model = model
         self.task = task
         self.device = device
+        if device.type != "cpu":
+            be_exact()
         self._heights: dict[tuple[int, ...], Height] = {}
 
     def outputs(self, theta_CP: Tensor, x_CB: Tensor) -> Tensor:

@@ -12,9 +12,14 @@ import torch
 
 from selffl_ray import trees
 from selffl_ray.driver import run_rounds
+from selffl_ray.flat import digest
+from selffl_ray.gradients import RowEngine
 from selffl_ray.host import ClientHost
+from selffl_ray.numerics import tf32_is_on
 from selffl_ray.pool import ClientPool, LocalTransport
 from selffl_ray.registry import algorithms
+from selffl_ray.stacking import blank_batch, row_bytes
+from selffl_ray.tasks import CLASSIFICATION
 from selffl_ray.training import local_sgd, observe_tail, start_tail
 from tests.contract.harness import as_allowed
 from tests.runtime.placements import prepared_with
@@ -25,6 +30,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 MODELS = {"mlp": DIGITS, "cnn": CNN}
+RESNET = (
+    *(setting for setting in DIGITS if not setting.startswith("model.")),
+    "model.name=resnet",
+    "model.channels=[8, 16]",
+    "model.blocks=1",
+)
 
 
 def rounds_on(device, prepared):
@@ -50,6 +61,47 @@ def test_every_method_trains_on_the_device_as_on_the_cpu(method, model):
         for name, leaf in one.items():
             found = other[name].cpu().double()
             assert torch.allclose(found, leaf.double(), rtol=1e-2, atol=1e-3, equal_nan=True), name
+
+
+@pytest.mark.parametrize("model", [*MODELS, "resnet"])
+def test_a_run_gives_the_same_bits_every_time(model):
+    settings = MODELS.get(model, RESNET)
+    prepared = prepared_with(*settings, "method=selffl")
+    one, other = rounds_on("cuda", prepared), rounds_on("cuda", prepared)
+    assert one[1] == other[1]
+    for mine, yours in zip(one[0], other[0], strict=True):
+        assert digest(mine.values()) == digest(yours.values())
+    np.testing.assert_allclose(one[1], rounds_on("cpu", prepared)[1], rtol=1e-3)
+
+
+def test_products_and_convolutions_keep_all_their_digits():
+    """TF32 keeps ten bits of a factor: 1 + 2**-12 would be 1."""
+    RowEngine(prepared_with(*DIGITS).model, CLASSIFICATION, torch.device("cuda"))
+    assert not tf32_is_on()
+    almost = torch.full((64, 64), 1 + 2.0**-12, device="cuda")
+    assert float((almost @ torch.eye(64, device="cuda"))[0, 0]) == 1 + 2.0**-12
+    picture = almost[None, None].expand(1, 16, 64, 64)
+    kernel = torch.zeros((16, 16, 1, 1), device="cuda")
+    kernel[:, 0] = 1.0
+    assert float(torch.conv2d(picture, kernel)[0, 0, 0, 0]) == 1 + 2.0**-12
+
+
+def test_a_stack_of_the_chosen_height_fits_its_part_of_the_memory():
+    """What a row takes is counted on a processor: here it is measured."""
+    for settings in (DIGITS, CNN, RESNET):
+        prepared = prepared_with(*settings)
+        model, task, cuda = prepared.model, prepared.dataset.task, torch.device("cuda")
+        rows, length = 64, 32
+        engine = RowEngine(model, task, cuda)
+        batch = [part.to(cuda) for part in blank_batch(model, task, rows, length)]
+        theta = torch.zeros((rows, model.spec.num_params), device=cuda)
+        # The first call loads libraries.
+        engine.loss_and_grad(theta, *batch)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        engine.loss_and_grad(theta, *batch)
+        took = torch.cuda.max_memory_allocated() - before + theta.nbytes
+        assert took <= rows * row_bytes(model, task, length)
 
 
 def stack_on_device():

@@ -20,9 +20,9 @@ PACKAGE = Path(selffl_ray.__file__).parent
 NAME = PACKAGE.name
 
 LAYERS = {
-    0: "flat hierarchy seeding errors trees whole",
+    0: "flat hierarchy numerics seeding errors trees whole",
     1: "tasks training training_config stopping trouble availability gradients evaluation "
-    "participation registry datasets models estimators",
+    "participation registry datasets models estimators stacking",
     2: "algorithms",
     3: "messages updates client_data states host pool events faults driver",
     4: "runtime tracking checkpoint tables config safe_yaml",

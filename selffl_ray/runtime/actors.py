@@ -16,6 +16,7 @@ import torch
 
 from selffl_ray.errors import PlacementError, SelfFLError
 from selffl_ray.host import ClientHost
+from selffl_ray.numerics import be_exact, tf32_is_on
 from selffl_ray.registry import load_plugins
 
 logger = logging.getLogger(__name__)
@@ -40,10 +41,18 @@ def assigned_device(gpu_share: float, wanted: str, assigned: list[str]) -> torch
         )
     # Ray sets CUDA_VISIBLE_DEVICES to what it assigned, so the first visible one is ours.
     device = torch.device("cuda", 0)
+    be_exact()
     if gpu_share < 1:
         torch.cuda.set_per_process_memory_fraction(gpu_share, device)
     logger.info("GPU %s, at most %.0f %% of its memory", assigned[0], 100 * min(gpu_share, 1))
     return device
+
+
+def device_bytes(device: torch.device, gpu_share: float) -> int:
+    """The part of a GPU's memory that an actor may use; 0 of a processor."""
+    if device.type == "cpu":
+        return 0
+    return int(min(gpu_share, 1.0) * torch.cuda.get_device_properties(device).total_memory)
 
 
 class ClientActor:
@@ -60,6 +69,7 @@ class ClientActor:
 
         ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         self._gpus = [str(i) for i in ids]
+        self._gpu_share = gpu_share
         self._problem: SelfFLError | None = None
         self._device = torch.device("cpu")
         try:
@@ -71,7 +81,7 @@ class ClientActor:
         self._host = ClientHost(self._device)
 
     def describe(self) -> dict[str, Any]:
-        """Where this actor lives: node, process, assigned GPUs, device.
+        """Where this actor lives: node, process, assigned GPUs, device and its memory, numerics.
 
         Raises:
             SelfFLError: it got no device for its GPU share, or cannot import the user's modules.
@@ -85,6 +95,9 @@ class ClientActor:
             "pid": os.getpid(),
             "gpus": self._gpus,
             "device": str(self._device),
+            "memory_bytes": device_bytes(self._device, self._gpu_share),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "tf32": tf32_is_on(),
         }
 
     def call(self, method: str, has_shared: bool, shared: Any, arguments: tuple[Any, ...]) -> Any:

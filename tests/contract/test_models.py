@@ -17,7 +17,10 @@ SHAPES = {
     "gru": DataShape((12,), 5, num_tokens=30),
 }
 """Of models that do not take images."""
-OPTIONS = {"cnn": {"channels": (4, 6), "kernel": 3, "hidden": (16,)}}
+OPTIONS = {
+    "cnn": {"channels": (4, 6), "kernel": 3, "hidden": (16,)},
+    "resnet": {"channels": (4, 8), "blocks": 1, "groups": 2},
+}
 
 
 def build(name):

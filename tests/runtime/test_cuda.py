@@ -24,6 +24,10 @@ def test_two_actors_with_half_a_gpu_each_train_as_one_process_does(local_ray, tm
     where = json.loads((shared.folder / "environment.json").read_text())
     devices = [actor["device"] for actor in where["placement"]["actors"]]
     assert devices == ["cuda:0", "cuda:0"]
+    memory = torch.cuda.get_device_properties(0).total_memory
+    assert [actor["memory_bytes"] for actor in where["placement"]["actors"]] == [memory // 2] * 2
+    assert where["stack_size"] == 1024, "the digits' model is small"
+    assert not where["numerics"]["tf32"]
     alone = load_config(None, (*common, "placement.backend=local"))
     local = run_experiment(alone, output=tmp_path / "cpu")
     found, wanted = (run.rounds["train/loss"].tolist() for run in (shared, local))
