@@ -11,9 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from selffl_ray.checkpoint import check_checkpoint, latest_checkpoint
 from selffl_ray.config import (
@@ -34,6 +32,9 @@ from selffl_ray.runtime.cluster import cluster, this_machine
 from selffl_ray.runtime.placement import PlacementPlan, plan_placement
 from selffl_ray.tables import read_tables
 from selffl_ray.tracking import resolve_uri
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Watch = Callable[[Any], None]
 
@@ -73,6 +74,9 @@ class Result:
         return self._table("participation")
 
     def _table(self, name: str) -> pd.DataFrame:
+        # Imported here: it is 25 MB, which a process that only runs does not need.
+        import pandas as pd
+
         path = self.folder / f"{name}.parquet"
         return pd.read_parquet(path) if path.exists() else pd.DataFrame()
 

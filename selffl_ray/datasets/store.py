@@ -28,6 +28,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from selffl_ray.datasets.base import TRAIN, Dataset, Group
+from selffl_ray.datasets.columns import as_column, flat, numbers
 from selffl_ray.errors import DataError
 
 SCHEMA_VERSION = 2
@@ -261,34 +262,24 @@ def _store_digest(client_ids: Sequence[str], digests: Sequence[str]) -> str:
 
 
 def _record_batch(group: Group) -> pa.RecordBatch:
-    return pa.RecordBatch.from_arrays([_column(group.x), _column(group.y)], names=COLUMNS)
-
-
-def _column(values: Array) -> pa.Array:
-    """(N, ...) as a primitive column, or as fixed-size lists of the flattened examples."""
-    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-    if values.ndim == 1:
-        return flat
-    return pa.FixedSizeListArray.from_arrays(flat, int(np.prod(values.shape[1:])))
+    return pa.RecordBatch.from_arrays([as_column(group.x), as_column(group.y)], names=COLUMNS)
 
 
 def _batch_digest(batch: pa.RecordBatch, official: npt.NDArray[np.uint8]) -> str:
     """SHA-256 over the types, lengths and bytes of a record batch and of its published split."""
     sha = hashlib.sha256()
-    for column in (*batch.columns, pa.array(official)):
+    for column in batch.columns:
         sha.update(f"{column.type}|{len(column)}|".encode())
-        sha.update(_flat(column).data)
+        sha.update(flat(column).data)
+    # As a column of bytes; made one, it would import pandas.
+    sha.update(f"uint8|{len(official)}|".encode())
+    sha.update(np.ascontiguousarray(official).data)
     return sha.hexdigest()
 
 
 def _published(official: npt.NDArray[np.uint8] | None, num_rows: int) -> npt.NDArray[np.uint8]:
     """The published split of so many rows; all TRAIN where nothing is published."""
     return np.full(num_rows, TRAIN, np.uint8) if official is None else official
-
-
-def _flat(column: pa.Array) -> Array:
-    values = column.flatten() if pa.types.is_fixed_size_list(column.type) else column
-    return np.asarray(values.to_numpy(zero_copy_only=True))
 
 
 class Store:
@@ -304,7 +295,7 @@ class Store:
                 f"{folder} is not a client store: {error}; {_remedy(folder)}"
             ) from error
         self.start_rows: Rows = np.concatenate(
-            [[0], np.cumsum(self._index["num_rows"].to_numpy())]
+            [[0], np.cumsum(numbers(self._index["num_rows"].combine_chunks()))]
         ).astype(np.int64)
         self._checked: set[int] = set()
 
@@ -324,7 +315,7 @@ class Store:
 
     def labels(self) -> Array:
         """The y column of all rows, for partitioning."""
-        parts = [_flat(self._batch(i).column("y")) for i in range(self.manifest.num_batches)]
+        parts = [flat(self._batch(i).column("y")) for i in range(self.manifest.num_batches)]
         return np.concatenate(parts).reshape(-1, *self.manifest.y_shape)
 
     def official(self, batches: Iterable[int] | None = None) -> npt.NDArray[np.uint8]:
@@ -352,8 +343,8 @@ class Store:
             batch = self._batch(int(batch_index))
             at = np.flatnonzero(owner == batch_index)
             inside = rows[at] - self.start_rows[batch_index]
-            part_x = _flat(batch.column("x")).reshape(batch.num_rows, *self.manifest.x_shape)
-            part_y = _flat(batch.column("y")).reshape(batch.num_rows, *self.manifest.y_shape)
+            part_x = flat(batch.column("x")).reshape(batch.num_rows, *self.manifest.x_shape)
+            part_y = flat(batch.column("y")).reshape(batch.num_rows, *self.manifest.y_shape)
             if x is None or y is None:
                 x = np.empty((len(rows), *part_x.shape[1:]), part_x.dtype)
                 y = np.empty((len(rows), *part_y.shape[1:]), part_y.dtype)

@@ -8,7 +8,6 @@ l for every t, so maxima are found as roots of the slope, to full precision.
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import brentq
 
 from selffl_ray.estimators.inter_base import Block, Floats, precision_spread, required_gram
 
@@ -37,6 +36,8 @@ def slope(block: Block, intra_M: Floats, tau2: float, *, restricted: bool) -> fl
 
 def maximise(block: Block, intra_M: Floats, *, restricted: bool) -> float:
     """Global maximum over t >= 0: a log grid finds every fall through 0 of the slope."""
+    # Imported here: hosts know every estimator, and only the server looks for roots.
+    from scipy.optimize import brentq
 
     def at(tau2: float) -> float:
         return slope(block, intra_M, tau2, restricted=restricted)

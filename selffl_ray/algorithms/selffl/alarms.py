@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 from selffl_ray.algorithms.base import Alarm
 from selffl_ray.algorithms.selffl.estimates import pooled
@@ -180,6 +179,9 @@ def _against_sizes(var_K: Floats, num_K: Floats) -> str | None:
         )
     if len(var_K) < FEWEST_CORRELATED:
         return None
+    # Imported here: it is 35 MB in every host, and a server asks once a round at most.
+    from scipy import stats
+
     found = stats.pearsonr(log_K, -np.log(num_K), alternative="less")
     if found.pvalue >= SIGNIFICANCE:
         return None

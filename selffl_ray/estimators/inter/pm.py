@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from scipy.optimize import brentq
-
 from selffl_ray.estimators.inter_base import (
     Block,
     Floats,
@@ -23,6 +21,9 @@ from selffl_ray.registry import register_inter_estimator
 
 def solve(block: Block, intra_var_M: Floats) -> float:
     """Root t of sum_m |x_m - mu(t)|^2 / (intra_m + t) = d (M - 1), or 0."""
+    # Imported here: hosts know every estimator, and only the server looks for roots.
+    from scipy.optimize import brentq
+
     gram, expected = required_gram(block), block.dimension * (block.num_clients - 1)
 
     def excess(tau2: float) -> float:
