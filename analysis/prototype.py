@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -254,7 +255,8 @@ def main() -> None:
         rows = rows.drop_duplicates(["scenario", "variant", "seed"], keep="last")
         rows.to_csv(path, index=False, float_format="%.4f")
         print(*found, sep="\n", flush=True)
-    command = f"python -m analysis.prototype --seeds {options.seeds}"
+    told = [] if options.variants is None else ["--variants", options.variants]
+    command = shlex.join(["python", "-m", "analysis.prototype", "--seeds", options.seeds, *told])
     parts = [f"Command: `{command}`", table(rows), NOTE, choices_table(rows)]
     if rows["median_shrinkage"].notna().any():
         parts.append(shrinkage_table(rows))
