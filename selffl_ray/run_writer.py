@@ -84,10 +84,17 @@ def check_one_configuration(folder: Path, remedy: str) -> None:
     """A run that options were changed in cannot be gone on with or repeated from its config.yaml.
 
     Raises:
-        ConfigError: it is such a run; ``remedy`` says what to do instead.
+        ConfigError: it is such a run; ``remedy`` says what to do instead. Or its schedule cannot be
+            read.
     """
     path = folder / SCHEDULE
-    if path.exists() and changed(json.loads(path.read_text())):
+    try:
+        was_changed = path.exists() and changed(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error}; put it back as the sweep wrote it"
+        ) from error
+    if was_changed:
         raise ConfigError(
             f"{folder}: options were changed during this run ({SCHEDULE}), so config.yaml holds "
             f"its last ones only; {remedy}"
