@@ -22,6 +22,7 @@ from selffl_ray.stopping import seconds_of
 from selffl_ray.tables import (
     TABLES,
     RunTables,
+    events_of_summary,
     final_metrics,
     selected_round,
     write_json,
@@ -42,10 +43,14 @@ FILES = (
 
 
 class Restart(NamedTuple):
-    """A driver actor that was started because the one before died; number: from 1."""
+    """A driver actor that was started because the one before died; number: from 1.
+
+    earlier: number and cause of those before it; they may have died before anything was written.
+    """
 
     number: int
     cause: str
+    earlier: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,8 @@ class RunWriter:
         config = prepared.config
         self.schedule = job.schedule
         self.restart = job.restart
-        self.unrecorded: list[dict[str, Any]] = []
-        """Events of a round that was never finished, for ``summary.json``."""
+        self.unrecorded = events_of_summary(self.folder) if job.resume else []
+        """Events that no row of a round has, for ``summary.json``; at first those of the last."""
         self.tables = RunTables(self.folder, prepared.client_ids, prepared.dataset.task.score_name)
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_drafts(self.folder, FILES)
