@@ -85,18 +85,27 @@ def verify_run(folder: Path, watch: Callable[[Any], None]) -> Verdict:
 
     with tempfile.TemporaryDirectory(prefix="selffl-verify-") as scratch:
         repeated = run_experiment(again, output=scratch, watch=follow, interrupt=enough)
-        joined = rounds.merge(repeated.rounds, on="round_index", suffixes=("", "_again"))
-        if len(joined) < num_rounds:
-            raise DataError(
-                f"{folder}: {num_rounds} rounds, but the repetition has {len(joined)} of them; was "
-                "config.yaml changed?"
-            )
-        different = joined[joined["digest"] != joined["digest_again"]]
-        first = None if different.empty else int(different["round_index"].min())
+        first = _first_difference(folder, rounds, repeated.rounds)
         if first is None:
             _check_tables(folder, repeated.folder, num_rounds)
     where = "two actors" if was_local else "one process, stacks of at most 3"
     return Verdict(num_rounds, first, where)
+
+
+def _first_difference(folder: Path, rounds: pd.DataFrame, again: pd.DataFrame) -> int | None:
+    """The first round whose digests differ.
+
+    Raises:
+        DataError: the repetition has fewer rounds.
+    """
+    joined = rounds.merge(again, on="round_index", suffixes=("", "_again"))
+    if len(joined) < len(rounds):
+        raise DataError(
+            f"{folder}: {len(rounds)} rounds, but the repetition has {len(joined)} of them; was "
+            "config.yaml changed?"
+        )
+    different = joined[joined["digest"] != joined["digest_again"]]
+    return None if different.empty else int(different["round_index"].min())
 
 
 class _Environment(NamedTuple):
