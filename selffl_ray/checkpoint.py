@@ -216,6 +216,16 @@ def load_checkpoint(path: Path, run_digest: str, server_like: Any, state_like: A
     return Checkpoint(counters, server, states)
 
 
+def check_all_checkpoints(folder: Path) -> None:
+    """Every checkpoint of a run's ``checkpoints`` folder is what was written, of whatever run.
+
+    Raises:
+        CheckpointError: see ``check_checkpoint``.
+    """
+    for path in _folders(folder):
+        check_checkpoint(path, _read_head(path)["run_digest"])
+
+
 def check_checkpoint(path: Path, run_digest: str) -> dict[str, Any]:
     """The content of ``checkpoint.json``, if it is of that run and its files are what was written.
 

@@ -16,11 +16,15 @@ from selffl_ray.console import size
 from selffl_ray.datasets.store import store_root
 from selffl_ray.environment import PACKAGES, package_version, processor
 from selffl_ray.errors import SelfFLError
+from selffl_ray.runtime.cluster import cluster_nodes
 from selffl_ray.runtime.placement import ACTOR_BYTES, MEMORY_SHARE
 from selffl_ray.tracking import TrackingConfig, open_store, resolve_uri, without_password
 
 OPEN_FILES = 4096
 """Ray needs a few hundred descriptors for each actor's sockets and logs."""
+
+SHOWN = 5
+"""Most nodes that are gone and named."""
 
 
 class Finding(NamedTuple):
@@ -42,6 +46,7 @@ def examine() -> Iterator[Finding]:
     yield _open_files()
     yield _shared_memory()
     yield _authentication()
+    yield from _nodes()
     yield _stores()
     yield _mlflow()
 
@@ -87,7 +92,11 @@ def _shared_memory() -> Finding:
 def _authentication() -> Finding:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        return Finding("Ray", "a local one is started for each command, with token authentication")
+        return Finding(
+            "Ray",
+            "no RAY_ADDRESS: none is used that runs, a local one is started for each command, with "
+            "token authentication",
+        )
     if os.environ.get("RAY_AUTH_MODE") == "token":
         return Finding("Ray", f"RAY_ADDRESS={address}, token authentication on")
     return Finding(
@@ -95,6 +104,33 @@ def _authentication() -> Finding:
         f"RAY_ADDRESS={address}",
         "without RAY_AUTH_MODE=token anybody who reaches that address can run code on it",
     )
+
+
+def _nodes() -> Iterator[Finding]:
+    """The machines of the Ray that commands would use, a line each; or that there is none."""
+    if not os.environ.get("RAY_ADDRESS"):
+        names = [process.info["name"] for process in psutil.process_iter(["name"])]
+        here = names.count("gcs_server")
+        others = f"; {here} on this machine, of somebody else or another command" if here else ""
+        yield Finding("nodes", f"none: no Ray is running for these commands{others}")
+        return
+    try:
+        found = cluster_nodes()
+    except SelfFLError as error:
+        yield Finding("nodes", "none can be seen", " ".join(str(error).split()))
+        return
+    alive = [node for node in found if node.alive]
+    yield Finding("nodes", f"{len(alive)} alive, {len(found) - len(alive)} gone")
+    for node in alive:
+        have = f"{node.cpus:g} CPUs, {node.gpus:g} GPUs, {size(node.memory_bytes)} for actors"
+        yield Finding("node", f"{node.address} ({node.name}) alive, {have}")
+    # Ray remembers many, and the newest cannot be told from the others.
+    for node in found[len(alive) :][:SHOWN]:
+        yield Finding(
+            "node",
+            f"{node.address} ({node.name}) gone",
+            "see `ray status`; one that was idle is ended by the autoscaler, and nothing is wrong",
+        )
 
 
 def _stores() -> Finding:

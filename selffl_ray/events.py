@@ -3,6 +3,8 @@
 They stand in the column ``events`` of ``rounds.parquet``: a JSON list of :class:`Event` in each
 row. An event of a round that is replayed stands there once, and one that does not come back when
 the round is replayed stands there too. ``clients/faults`` is the sum of their ``num_clients``.
+Events that no row has, of a round that was not finished or of what came after the last one, stand
+in ``summary.json``.
 """
 
 from __future__ import annotations
@@ -57,7 +59,10 @@ class Event(NamedTuple):
     @property
     def key(self) -> tuple[Any, ...]:
         """The same for the same event of a round that is replayed."""
-        return (self.round_index, self.attempt, self.kind, self.host, self.client_id)
+        # Whatever was lost does not come back; what a later command loses may have its number.
+        lost = self.client_id is None and self.kind != "slow"
+        why = self.cause if lost else None
+        return (self.round_index, self.attempt, self.kind, self.host, self.client_id, why)
 
 
 class EventBook:
@@ -65,13 +70,15 @@ class EventBook:
 
     def __init__(self) -> None:
         self._events: dict[tuple[Any, ...], Event] = {}
+        self._in_rows: set[tuple[Any, ...]] = set()
 
     def note(self, event: Event) -> None:
         """Take in what happened now."""
         self._events[event.key] = event
 
-    def recall(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Take in what an earlier part of the run wrote, unless it is known."""
+    def recall(self, rows: Iterable[Mapping[str, Any]], last_round: int) -> None:
+        """Go back to a round: take in what was written of later ones, unless it is known."""
+        self._in_rows = {key for key in self._in_rows if key[0] <= last_round}
         for row in rows:
             event = Event(**row)
             self._events.setdefault(event.key, event)
@@ -80,13 +87,21 @@ class EventBook:
         """The events of a round, as they happened."""
         return [event for event in self._events.values() if event.round_index == round_index]
 
-    def after(self, last_round: int) -> list[Event]:
-        """The events of later rounds."""
-        return [event for event in self._events.values() if event.round_index > last_round]
+    def for_row(self, round_index: int) -> list[Event]:
+        """The events of a round, which are written with it now."""
+        found = self.of(round_index)
+        self._in_rows |= {event.key for event in found}
+        return found
+
+    def outside_rows(self) -> list[Event]:
+        """The events that no row has."""
+        return [event for key, event in self._events.items() if key not in self._in_rows]
 
     def forget(self, last_round: int) -> None:
-        """Drop the events of rounds up to this one, which will never be replayed."""
-        self._events = {k: e for k, e in self._events.items() if e.round_index > last_round}
+        """Drop the events in rows up to this one, which will never be replayed."""
+        done = {key for key in self._in_rows if key[0] <= last_round}
+        self._in_rows -= done
+        self._events = {k: e for k, e in self._events.items() if k not in done}
 
 
 def client_failed(

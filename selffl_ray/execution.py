@@ -235,6 +235,7 @@ def run_on_ray(
     """
     from selffl_ray.runtime.driver_actor import follow
 
+    died: list[tuple[int, str]] = []
     for count in range(restarts + 1):
         # Another name, because actors of the one that died may take a moment to go.
         name = f"{label}-{count}" if count else label
@@ -251,7 +252,8 @@ def run_on_ray(
             if count == restarts or interrupted():
                 raise
             watch(Message(f"{error}; another one goes on from the last checkpoint"))
-            jobs = [_gone_on(job, Restart(count + 1, str(error))) for job in jobs]
+            jobs = [_gone_on(job, Restart(count + 1, str(error), tuple(died))) for job in jobs]
+            died.append((count + 1, str(error)))
         else:
             return done
     raise AssertionError("the last attempt returns or raises")

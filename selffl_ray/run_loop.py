@@ -19,6 +19,7 @@ from selffl_ray.checkpoint import (
     Counters,
     latest_checkpoint,
     load_checkpoint,
+    rounds_done,
     save_checkpoint,
     tidy,
 )
@@ -33,6 +34,7 @@ from selffl_ray.pool import ClientPool, HostLost, StateLostError
 from selffl_ray.run_writer import RunWriter, changed
 from selffl_ray.runtime.actors import Control
 from selffl_ray.stopping import StopRule, seconds_of
+from selffl_ray.tables import events_after
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +105,7 @@ class RunLoop:
         self._all_states_next = True
         self._events = EventBook()
         self._reached, self._now = -1, 0
-        self._restart = writer.restart
+        self._take_over()
         self._run = Run(
             prepared.algorithm,
             prepared.federation,
@@ -124,7 +126,7 @@ class RunLoop:
         try:
             return self._go()
         finally:
-            unrecorded = self._events.after(self._reached)
+            unrecorded = self._events.outside_rows()
             self._writer.unrecorded = [event._asdict() for event in unrecorded]
 
     def _go(self) -> str:
@@ -137,7 +139,6 @@ class RunLoop:
                 else:
                     self._pool.begin(self._spec, self._prepared.algorithm)
                 place, lost = self._restore(), ()
-                self._note_restart(place.next_round)
                 return self._rounds(place)
             except StateLostError as error:
                 # Another host may be lost while the first ones are replaced.
@@ -146,11 +147,20 @@ class RunLoop:
                 furthest = self._reached
                 self._note_loss(error, losses)
 
-    def _note_restart(self, next_round: int) -> None:
-        """An event of the driver actor before this one, in the round to go on with."""
-        restart, self._restart = self._restart, None
-        if restart is not None and next_round < len(self._prepared.plans):
-            self._events.note(driver_died(restart.cause, next_round, restart.number))
+    def _take_over(self) -> None:
+        """Events of an earlier part of the run that no row has, driver actors that died among them.
+
+        What an actor has noted but not written is lost with it, so the next one is told of all.
+        """
+        self._events.recall(self._writer.unrecorded, -1)
+        restart, folder = self._writer.restart, self._writer.folder
+        if restart is None:
+            return
+        written = {(row["attempt"], row["cause"]) for row in events_after(folder, -1)}
+        at = min(rounds_done(self._checkpoints), len(self._prepared.plans) - 1)
+        for number, cause in (*restart.earlier, (restart.number, restart.cause)):
+            if (number, cause) not in written:
+                self._events.note(driver_died(cause, at, number))
 
     def _note_loss(self, error: StateLostError, losses: int) -> None:
         """Events of lost hosts, in the round in which they were lost, and a warning.
@@ -169,7 +179,9 @@ class RunLoop:
             # lost while rounds are done again went with the one that was lost before it.
             now = min(self._now, last) if item.kind == "memory" else at
             asked = self._pool.homes[self._prepared.plans[now].cohort]
-            here = int((asked == item.host).sum())
+            # What a finished round's checkpoint holds no loss takes away.
+            kept = rounds_done(self._checkpoints) > now
+            here = 0 if kept else int((asked == item.host).sum())
             done: Outcome = "aborted" if enough else "replaced"
             self._events.note(Event(now, losses, item.kind, None, here, item.cause, *where, done))
             if item.kind == "memory":
@@ -191,7 +203,7 @@ class RunLoop:
         path = latest_checkpoint(self._checkpoints)
         self._all_states_next = True
         if path is None:
-            self._events.recall(self._writer.restore(-1))
+            self._events.recall(self._writer.restore(-1), -1)
             self._pool.import_states([])
             return _Place(0, algorithm.init(start_P), 0)
         saved = load_checkpoint(
@@ -199,7 +211,8 @@ class RunLoop:
         )
         self._now = saved.counters.round_index + 1
         self._reached = max(self._reached, saved.counters.round_index)
-        self._events.recall(self._writer.restore(saved.counters.round_index))
+        last_round = saved.counters.round_index
+        self._events.recall(self._writer.restore(last_round), last_round)
         self._pool.import_states(saved.states)
         return _Place(saved.counters.round_index + 1, saved.server, saved.counters.gradient_steps)
 
@@ -222,7 +235,7 @@ class RunLoop:
         for record in [] if stop.enough else rounds:
             last_round, server = record.plan.round_index, record.server
             self._now = last_round + 1
-            record.events = self._events.of(last_round)
+            record.events = self._events.for_row(last_round)
             record.metrics["clients/faults"] = float(sum(e.num_clients for e in record.events))
             self._reached = max(self._reached, last_round)
             stop.take(record.metrics, time.monotonic() - began)

@@ -22,6 +22,7 @@ from selffl_ray.stopping import seconds_of
 from selffl_ray.tables import (
     TABLES,
     RunTables,
+    events_of_summary,
     final_metrics,
     selected_round,
     write_json,
@@ -42,10 +43,14 @@ FILES = (
 
 
 class Restart(NamedTuple):
-    """A driver actor that was started because the one before died; number: from 1."""
+    """A driver actor that was started because the one before died; number: from 1.
+
+    earlier: number and cause of those before it; they may have died before anything was written.
+    """
 
     number: int
     cause: str
+    earlier: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,10 +89,17 @@ def check_one_configuration(folder: Path, remedy: str) -> None:
     """A run that options were changed in cannot be gone on with or repeated from its config.yaml.
 
     Raises:
-        ConfigError: it is such a run; ``remedy`` says what to do instead.
+        ConfigError: it is such a run; ``remedy`` says what to do instead. Or its schedule cannot be
+            read.
     """
     path = folder / SCHEDULE
-    if path.exists() and changed(json.loads(path.read_text())):
+    try:
+        was_changed = path.exists() and changed(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error}; put it back as the sweep wrote it"
+        ) from error
+    if was_changed:
         raise ConfigError(
             f"{folder}: options were changed during this run ({SCHEDULE}), so config.yaml holds "
             f"its last ones only; {remedy}"
@@ -103,8 +115,8 @@ class RunWriter:
         config = prepared.config
         self.schedule = job.schedule
         self.restart = job.restart
-        self.unrecorded: list[dict[str, Any]] = []
-        """Events of a round that was never finished, for ``summary.json``."""
+        self.unrecorded = events_of_summary(self.folder) if job.resume else []
+        """Events that no row of a round has, for ``summary.json``; at first those of the last."""
         self.tables = RunTables(self.folder, prepared.client_ids, prepared.dataset.task.score_name)
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_drafts(self.folder, FILES)

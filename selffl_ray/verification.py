@@ -1,24 +1,39 @@
-"""Proof that a run does not depend on placement: run it again elsewhere and compare digests."""
+"""Proof that a run does not depend on placement: run it again elsewhere and compare digests.
+
+Before that, every file of the run is looked at: one that is missing, cut short or something else is
+named. After it the rows of the other tables must be those of the repetition.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
+from safetensors import SafetensorError, safe_open
 
 from selffl_ray.api import Interrupt, run_experiment
+from selffl_ray.checkpoint import check_all_checkpoints, rounds_done
 from selffl_ray.config import load_config
 from selffl_ray.environment import processor
 from selffl_ray.errors import DataError, UsageError
 from selffl_ray.faults import RETRIED
 from selffl_ray.run_loop import Progress
 from selffl_ray.run_writer import check_one_configuration
+from selffl_ray.tables import TABLES
+
+MEND = "put it back as the run wrote it: a run that has lost a part cannot be verified"
+NOTES = ("summary.json", "tracking.json")
+"""What a run that has ended or is tracked has besides; JSON."""
 
 
 class Verdict(NamedTuple):
@@ -35,10 +50,11 @@ def verify_run(folder: Path, watch: Callable[[Any], None]) -> Verdict:
     A run on actors is repeated in one process; one in one process is repeated on two actors.
 
     Raises:
-        UsageError: not a run's folder, or bits cannot be compared: another processor, GPU or
-            torch, or a client that failed was left out.
+        UsageError: not a run's folder, a file of it is missing, broken or changed, or bits cannot
+            be compared: another processor, GPU or torch, or a client that failed was left out.
     """
     environment, rounds = _read(folder)
+    num_rounds = _check_whole(folder, rounds)
     _check_comparable(environment, folder)
     config = load_config(folder / "config.yaml", folder=Path.cwd())
     was_local = environment.backend == "local"
@@ -50,7 +66,6 @@ def verify_run(folder: Path, watch: Callable[[Any], None]) -> Verdict:
         gpus_per_client=0,
         stack_size="auto" if was_local else 3,
     )
-    num_rounds = int(rounds["round_index"].max()) + 1
     again = dataclasses.replace(
         config,
         placement=placement,
@@ -69,17 +84,28 @@ def verify_run(folder: Path, watch: Callable[[Any], None]) -> Verdict:
             enough.set()
 
     with tempfile.TemporaryDirectory(prefix="selffl-verify-") as scratch:
-        repeated = run_experiment(again, output=scratch, watch=follow, interrupt=enough).rounds
-    joined = rounds.merge(repeated, on="round_index", suffixes=("", "_again"))
-    if len(joined) < num_rounds:
+        repeated = run_experiment(again, output=scratch, watch=follow, interrupt=enough)
+        first = _first_difference(folder, rounds, repeated.rounds)
+        if first is None:
+            _check_tables(folder, repeated.folder, num_rounds)
+    where = "two actors" if was_local else "one process, stacks of at most 3"
+    return Verdict(num_rounds, first, where)
+
+
+def _first_difference(folder: Path, rounds: pd.DataFrame, again: pd.DataFrame) -> int | None:
+    """The first round whose digests differ.
+
+    Raises:
+        DataError: the repetition has fewer rounds.
+    """
+    joined = rounds.merge(again, on="round_index", suffixes=("", "_again"))
+    if len(joined) < len(rounds):
         raise DataError(
-            f"{folder}: {num_rounds} rounds, but the repetition has {len(joined)} of them; was "
+            f"{folder}: {len(rounds)} rounds, but the repetition has {len(joined)} of them; was "
             "config.yaml changed?"
         )
     different = joined[joined["digest"] != joined["digest_again"]]
-    first = None if different.empty else int(different["round_index"].min())
-    where = "two actors" if was_local else "one process, stacks of at most 3"
-    return Verdict(num_rounds, first, where)
+    return None if different.empty else int(different["round_index"].min())
 
 
 class _Environment(NamedTuple):
@@ -103,7 +129,10 @@ def _read(folder: Path) -> tuple[_Environment, pd.DataFrame]:
             found["processor"],
             found["packages"]["torch"],
         )
-        rounds = pd.read_parquet(folder / "rounds.parquet")
+        table = _table(folder, "rounds")
+        if table is None:
+            raise DataError(f"{folder / 'rounds.parquet'} is missing; {MEND}")
+        rounds = table.to_pandas(ignore_metadata=True)
         _check_nobody_was_left_out(rounds, folder)
         return environment, rounds[["round_index", "digest"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -111,6 +140,95 @@ def _read(folder: Path) -> tuple[_Environment, pd.DataFrame]:
             f"{folder} is not the folder of a run ({error}); give one that holds config.yaml, "
             "environment.json and rounds.parquet"
         ) from error
+
+
+def _table(folder: Path, name: str) -> pa.Table | None:
+    """A table of a run; None if there is none.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    path = folder / f"{name}.parquet"
+    # Lexists: a link to nowhere is no table that was never written.
+    if not os.path.lexists(path):
+        return None
+    try:
+        # Not by name: Arrow would take a folder for a table in pieces.
+        return pq.read_table(pa.BufferReader(path.read_bytes()))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _broken(path, error) from error
+
+
+def _broken(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}; {MEND}")
+
+
+def _check_whole(folder: Path, rounds: pd.DataFrame) -> int:
+    """Every file can be read, and the table of rounds has them all; how many there are.
+
+    Raises:
+        UsageError: naming the file.
+    """
+    promised = rounds_done(folder / "checkpoints")
+    for name in NOTES:
+        path = folder / name
+        try:
+            note = json.loads(path.read_text()) if os.path.lexists(path) else {}
+            promised = max(promised, int(note.get("rounds", 0)))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise _broken(path, error) from error
+    # Of a run that was killed the table may have more of them.
+    num_rounds = max(promised, len(rounds))
+    if not num_rounds or rounds["round_index"].tolist() != list(range(num_rounds)):
+        raise DataError(
+            f"{folder / 'rounds.parquet'} lacks rounds: it has {len(rounds)} rows, of rounds 0 to "
+            f"{num_rounds - 1}; put it back as the run wrote it, or go on with the run: selffl run "
+            f"--resume {folder}"
+        )
+    for name in TABLES:
+        _table(folder, name)
+    check_all_checkpoints(folder / "checkpoints")
+    for path in sorted((folder / "models").rglob("*.safetensors")):
+        try:
+            # The head is enough to see that it is whole.
+            with safe_open(path, framework="numpy"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise _broken(path, error) from error
+    return num_rounds
+
+
+def _check_tables(folder: Path, again: Path, num_rounds: int) -> None:
+    """Tables of clients hold what the repetition, which has the same digests, wrote.
+
+    Raises:
+        DataError: naming the table and the round.
+    """
+    for name in TABLES:
+        wanted, path = _table(again, name), folder / f"{name}.parquet"
+        # Of rounds more is compared already, and the rest are times and events.
+        if wanted is None or name == "rounds":
+            continue
+        # The repetition may have done more rounds; a run that its clock ended evaluated one more.
+        wanted = wanted.filter(pc.less(wanted["round_index"], num_rounds))
+        found = _table(folder, name)
+        for index in pc.unique(wanted["round_index"]).to_pylist():
+            if found is None:
+                raise DataError(f"{path} is missing; {MEND}")
+            try:
+                rows = _rows(found.select(wanted.column_names).cast(wanted.schema), index)
+            except (KeyError, ValueError, pa.ArrowException) as error:
+                raise _broken(path, error) from error
+            right = _rows(wanted, index)
+            if not rows.equals(right):
+                raise DataError(
+                    f"{path}: the {len(rows)} rows of round {index} are not the {len(right)} of "
+                    f"the repetition, though the digests are equal; {MEND}"
+                )
+
+
+def _rows(table: pa.Table, round_index: int) -> pa.Table:
+    return table.filter(pc.equal(table["round_index"], round_index))
 
 
 def _check_nobody_was_left_out(rounds: pd.DataFrame, folder: Path) -> None:

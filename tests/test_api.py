@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,16 @@ from selffl_ray import (
     run_experiment,
     run_loop,
 )
-from selffl_ray.api import Interrupt, new_folder, parse_method
+from selffl_ray.api import Interrupt, make_job, new_folder, parse_method
 from selffl_ray.checkpoint import latest_checkpoint
-from selffl_ray.errors import ConfigError, DataError, RunError, UsageError
+from selffl_ray.errors import ConfigError, DataError, DriverLostError, RunError, UsageError
 from selffl_ray.experiment import Prepared, prepare_experiment
 from selffl_ray.pool import HostLost, LocalTransport
 from selffl_ray.registry import Component
 from selffl_ray.run_loop import Message, Progress
+from selffl_ray.run_writer import Job, Restart
+from selffl_ray.runtime import driver_actor
+from selffl_ray.runtime.actors import Control
 from selffl_ray.runtime.placement import ActorPlan, PlacementPlan
 from selffl_ray.verification import verify_run
 
@@ -545,13 +549,108 @@ def test_a_host_that_is_lost_again_while_it_is_replaced_is_replaced_again(losing
 
 def test_hosts_that_are_lost_again_and_again_end_the_run_with_the_last_checkpoint(losing, tmp_path):
     losing(*range(12, 1000))
+    folder = tmp_path / "run"
     with pytest.raises(RunError) as caught:
-        run_experiment(config(*FRAGILE), output=tmp_path / "run")
+        run_experiment(config(*FRAGILE), output=folder)
     assert "hosts were lost 3 times without progress (host 1: lost in " in str(caught.value)
     last = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert str(caught.value).endswith(f"; the last checkpoint is {last}")
+    before = json.loads((folder / "summary.json").read_text())["events"]
+    assert [e["outcome"] for e in before] == ["replaced", "replaced", "aborted"]
     losing()
-    assert digests(run_experiment(config(*FRAGILE), resume=tmp_path / "run"))[-1]
+    resumed = run_experiment(config(*FRAGILE), resume=folder)
+    assert digests(resumed)[-1]
+    # The round was done in the end, and its row tells what it took.
+    assert events_of(resumed) == before
+    assert "events" not in resumed.summary
+
+
+def events_of(result: Result) -> list[dict[str, Any]]:
+    """All that went wrong in a run, by its table of rounds and its summary."""
+    rows = [event for text in result.rounds["events"] for event in json.loads(text)]
+    return rows + result.summary.get("events", [])
+
+
+def test_a_host_that_is_lost_when_all_rounds_are_done_is_told_too(losing, tmp_path, whole):
+    """While states are fetched for the last checkpoint, and after it while models are."""
+    exporting = config(*FRAGILE, "export_models=true")
+    losing()
+    run_experiment(exporting, output=tmp_path / "counting")
+    count = Losing.calls
+    for call, method in ((count - 1, "export_states"), (count, "personal_models")):
+        losing(call)
+        result = run_experiment(exporting, output=tmp_path / method)
+        assert digests(result) == digests(whole)
+        (event,) = events_of(result)
+        assert (event["cause"], event["outcome"]) == (f"lost in {method}", "replaced")
+        assert event["round_index"] == 5
+        # Updates were lost with the states only.
+        assert (event["num_clients"] > 0) == (method == "export_states")
+        again = run_experiment(exporting, resume=tmp_path / method)
+        assert events_of(again) == [event]
+
+
+def test_events_of_rounds_that_were_to_be_done_again_are_told_if_that_fails(losing, tmp_path):
+    """Their rows are gone: without a checkpoint all is done again."""
+    rare = config(*FRAGILE, "checkpoint.every=100")
+    losing()
+    run_experiment(rare, output=tmp_path / "counting")
+    # Once in the beginning, then near the end, and twice in what three calls bring back.
+    end = Losing.calls + 4
+    losing(6, end, end + 4, end + 8)
+    with pytest.raises(RunError):
+        run_experiment(rare, output=tmp_path / "run")
+    assert Losing.restarted == [1, 1, 1]
+    told = json.loads((tmp_path / "run" / "summary.json").read_text())["events"]
+    assert not (tmp_path / "run" / "rounds.parquet").exists()
+    assert [event["outcome"] for event in told] == ["replaced"] * 3 + ["aborted"]
+    assert told[0]["round_index"] < told[1]["round_index"]
+
+
+# -- driver actors that died --------------------------------------------------------------------
+
+
+def test_each_driver_actor_that_died_is_told_once_whatever_it_had_written(tmp_path):
+    """The first two left nothing; the third told of them, and died when all rounds were done."""
+    folder = tmp_path / "run"
+    run_experiment(config(*FRAGILE), output=folder)
+    shutil.rmtree(folder / "checkpoints" / "round_5")
+
+    def done_by(restart: Restart) -> dict[int, list[tuple[int, str]]]:
+        """Events by round of what this actor does."""
+        (folder / "summary.json").unlink()
+        job = dataclasses.replace(make_job(config(*FRAGILE), folder, resume=True), restart=restart)
+        execution.run_jobs(Control(), [job], TWO_HOSTS, "test")
+        rounds = pd.read_parquet(folder / "rounds.parquet")
+        found = {r: json.loads(e) for r, e in rounds[["round_index", "events"]].to_numpy()}
+        return {r: [(e["attempt"], e["cause"]) for e in events] for r, events in found.items()}
+
+    first, second, third = (1, "out of luck"), (2, "again"), (3, "and again")
+    told = done_by(Restart(*second, (first,)))
+    assert told == {0: [], 1: [], 2: [], 3: [], 4: [first, second], 5: []}
+    assert done_by(Restart(*third, (first, second))) == told
+    (event,) = json.loads((folder / "summary.json").read_text())["events"]
+    assert (event["round_index"], event["attempt"], event["cause"]) == (5, *third)
+
+
+def test_a_driver_actor_is_told_of_all_that_died_before_it(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").touch()
+    asked: list[Job] = []
+
+    def follow(job: Any, arguments: Any, **more: Any) -> list[Any]:
+        asked.extend(arguments[0])
+        if len(asked) < 3:
+            raise DriverLostError(f"death {len(asked)}")
+        return []
+
+    monkeypatch.setattr(driver_actor, "follow", follow)
+    job = make_job(config(SMALL), tmp_path, resume=True)
+    execution.run_on_ray([job], TWO_HOSTS, "test", lambda e: None, lambda: False, restarts=2)
+    assert [one.restart for one in asked] == [
+        None,
+        Restart(1, "death 1"),
+        Restart(2, "death 2", ((1, "death 1"),)),
+    ]
 
 
 def test_a_host_that_is_lost_while_it_reads_the_data_is_an_error_that_says_so(losing, tmp_path):

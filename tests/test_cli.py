@@ -802,8 +802,10 @@ def test_the_doctor_looks_at_each_thing_in_a_line(selffl):
     assert all(line[:3] in ("ok ", "!! ") for line in lines)
     assert all((" -> " in line) == line.startswith("!!") for line in lines)
     names = ["python", "ray", "torch", "mlflow", "cores", "memory", "GPUs", "open files"]
-    for name in [*names, "shared memory", "Ray", "data stores", "MLflow"]:
+    for name in [*names, "shared memory", "Ray", "nodes", "data stores", "MLflow"]:
         assert sum(line[3:].startswith(f"{name} ") for line in lines) == 1
+    # Of a Ray that others use on this machine as many are told as there are.
+    assert finding(said, "nodes").startswith("ok nodes          none: no Ray is running for these")
 
 
 def finding(said: Said, name: str) -> str:
@@ -815,12 +817,15 @@ def finding(said: Said, name: str) -> str:
 def test_the_doctor_says_what_is_wrong_and_the_remedy(selffl, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/broken.db")
     (tmp_path / "broken.db").write_text("not a database" * 100)
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    # Nobody listens there.
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     said = selffl("doctor")
     assert said.code == 0
     assert finding(said, "MLflow").startswith("!! ")
     assert "broken.db does not answer" in finding(said, "MLflow")
     assert "without RAY_AUTH_MODE=token anybody" in finding(said, "Ray")
+    assert finding(said, "nodes").startswith("!! nodes          none can be seen  -> RAY_ADDRESS=")
+    assert "127.0.0.1:9 cannot be reached: " in finding(said, "nodes")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "mlruns")
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     said = selffl("doctor")

@@ -87,6 +87,11 @@ def test_an_event_that_comes_back_in_a_replayed_round_stands_there_once():
     for one in (event(3), event(3, attempt=1), event(4), event(3), event(3, client="b")):
         book.note(one)
     assert book.of(3) == [event(3), event(3, attempt=1), event(3, client="b")]
+    # What no row has is not forgotten.
+    book.forget(3)
+    assert len(book.outside_rows()) == 4
+    assert len(book.for_row(3)) == 3
+    assert book.outside_rows() == [event(4)]
     book.forget(3)
     assert book.of(3) == []
     assert book.of(4) == [event(4)]
@@ -100,7 +105,7 @@ def test_events_of_rounds_that_are_done_again_are_taken_over_from_the_tables(tmp
         tables.add(one)
     tables.flush()
     book = EventBook()
-    book.recall(RunTables(tmp_path, ["a", "b", "c"], "accuracy").restore(1))
+    book.recall(RunTables(tmp_path, ["a", "b", "c"], "accuracy").restore(1), 1)
     assert [book.of(index) for index in range(4)] == [
         [],
         [],

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -134,6 +134,41 @@ def _nodes() -> list[Node]:
             )
             nodes.append((node["NodeID"] != here, found.name, node["NodeID"], found))
     return [found for *_, found in sorted(nodes, key=lambda n: n[:3])]
+
+
+class NodeState(NamedTuple):
+    """A machine of a cluster; of one that is gone nothing is known but its name and address."""
+
+    name: str
+    address: str
+    alive: bool
+    cpus: float
+    gpus: float
+    memory_bytes: int
+
+
+def cluster_nodes() -> list[NodeState]:
+    """The machines of the cluster that RAY_ADDRESS names: those that are alive, then the others.
+
+    Raises:
+        PlacementError: it cannot be reached.
+    """
+    with cluster():
+        import ray
+
+        found = []
+        for node in ray.nodes():  # type: ignore[no-untyped-call]
+            have = node["Resources"] if node["Alive"] else {}
+            state = NodeState(
+                node["NodeManagerHostname"],
+                node["NodeManagerAddress"],
+                node["Alive"],
+                have.get("CPU", 0.0),
+                have.get("GPU", 0.0),
+                int(have.get("memory", 0)),
+            )
+            found.append(state)
+    return sorted(found, key=lambda state: (not state.alive, state.name, state.address))
 
 
 def driver_bundle(cpus: float, *, trains: bool = False) -> dict[str, float]:

@@ -11,11 +11,11 @@ from selffl_ray.registry import register_algorithm
 
 @dataclass(frozen=True, kw_only=True)
 class MortalConfig(DittoConfig):
-    """Ditto's options, and when the process ends."""
+    """Ditto's options, and when the process ends: a round twice is two deaths in it."""
 
     dies: tuple[int, ...] = ()
     marks: str = ""
-    """Folder where each death leaves a file, so that it happens once; "" is every time."""
+    """Folder where each death leaves a file, so that it is not repeated; "" is every time."""
 
 
 @register_algorithm("mortal", MortalConfig)
@@ -24,17 +24,18 @@ def mortal(config, federation):
     honest = ditto(config, federation)
 
     def broadcast(server, plan):
-        if plan.round_index in config.dies and _for_the_first_time(config, plan.round_index):
+        deaths = config.dies.count(plan.round_index)
+        if any(_for_the_first_time(config, f"{plan.round_index}-{n}") for n in range(deaths)):
             os.kill(os.getpid(), signal.SIGKILL)
         return honest.broadcast(server, plan)
 
     return replace(honest, broadcast=broadcast)
 
 
-def _for_the_first_time(config, round_index):
+def _for_the_first_time(config, death):
     if not config.marks:
         return True
-    mark = Path(config.marks) / str(round_index)
+    mark = Path(config.marks) / death
     if mark.exists():
         return False
     mark.touch()

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from selffl_ray.console import size
 from selffl_ray.runtime.cluster import LOOPBACK, cluster
 from tests.runtime.processes import Sandbox
+from tests.runtime.saboteur import ROOT
 
 pytestmark = pytest.mark.ray
 
@@ -183,6 +185,40 @@ def test_an_unreachable_cluster_is_one_clear_line_at_once(sandbox, address):
     assert done.err.count("\n") == 1
     # Ray by itself tries for more than five minutes.
     assert done.seconds < 60
+
+
+LOST_A_NODE = """
+import os, sys
+import selffl_ray.runtime
+from ray.cluster_utils import Cluster
+
+head = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "include_dashboard": False}
+nodes = Cluster(initialize_head=True, head_node_args=head)
+room = {"node_ip_address": "127.0.0.1", "memory": 3 * 2**30}
+nodes.add_node(num_cpus=2, num_gpus=1, **room)
+nodes.remove_node(nodes.add_node(num_cpus=3, **room))
+os.environ["RAY_ADDRESS"] = nodes.address
+from selffl_ray.doctor import examine
+for finding in examine():
+    if finding.name.startswith("node"):
+        print("found", finding.name, finding.found, finding.remedy is None, sep="|")
+nodes.shutdown()
+"""
+
+
+def test_the_doctor_lists_the_nodes_that_are_alive_and_those_that_are_gone(sandbox):
+    process = sandbox.start(sys.executable, "-c", LOST_A_NODE, PYTHONPATH=str(ROOT))
+    out, err = process.communicate(timeout=120)
+    lines = [line.split("|")[1:] for line in out.splitlines() if line.startswith("found|")]
+    assert lines, err
+    at = f"{LOOPBACK} ({socket.gethostname()})"
+    assert lines.pop(0) == ["nodes", "2 alive, 1 gone", "True"]
+    assert lines.pop() == ["node", f"{at} gone", "False"]
+    assert [name for name, *_ in lines] == ["node", "node"]
+    assert {good for *_, good in lines} == {"True"}
+    small, large = sorted(found for _, found, _ in lines)
+    assert small.startswith(f"{at} alive, 1 CPUs, 0 GPUs, ")
+    assert large == f"{at} alive, 2 CPUs, 1 GPUs, {size(3 * 2**30)} for actors"
 
 
 def test_a_ray_of_our_own_is_gone_when_the_command_ends(sandbox):
