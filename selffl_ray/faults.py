@@ -10,7 +10,8 @@ shape       likewise
 died        a host that ended, or whose node did: replaced; client state was lost with it, so all go
             back to the last checkpoint, and the rounds are replayed with the same bits
 silent      a host that did not answer within ``client_timeout_s``: ended, then as ``died``
-driver      the driver actor ended: another one goes on from the last checkpoint
+driver      the driver actor ended: another one goes on from the last checkpoint; that of a trial of
+            a sweep likewise
 slow        nothing; it took more than half of ``client_timeout_s``, which is worth knowing
 
 All of it stands in the tables, see ``events.py``.

@@ -11,7 +11,7 @@ from typing import Any
 from selffl_ray.config import to_raw
 from selffl_ray.errors import ConfigError
 from selffl_ray.sweep import SweepConfig, load_sweep
-from selffl_ray.sweep_results import ENDED, FAILURE
+from selffl_ray.sweep_results import ENDED, FAILURE, RESTART
 from selffl_ray.tables import write_json
 
 
@@ -57,7 +57,7 @@ def check_origin(folder: Path) -> None:
 
 
 def note_end(event: Any, trials: Path, *, held: bool = False) -> None:
-    """Keep in a trial's folder that Tune ended it, or that it failed outside of its rounds.
+    """Keep in a trial's folder that Tune ended it, or what happened outside of its rounds.
 
     Args:
         held: a trial that has done what it was asked for is held, not ended.
@@ -65,5 +65,7 @@ def note_end(event: Any, trials: Path, *, held: bool = False) -> None:
     folder = trials / event.trial
     if event.result.get("done") and not held:
         write_json(folder / ENDED, {"round": event.result.get("round")})
+    if event.kind == "lost":
+        write_json(folder / RESTART, dict(event.result))
     if event.kind == "error" and not (folder / FAILURE).exists():
-        write_json(folder / FAILURE, {"error": "its actor died or did not start; see Ray's logs"})
+        write_json(folder / FAILURE, dict(event.result))

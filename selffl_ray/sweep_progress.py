@@ -61,6 +61,11 @@ class StageProgress:
         """Take in a :class:`~selffl_ray.tuning.TuneEvent`."""
         for text in event.result.get("warnings", ()):
             self._watch(Message(f"{event.trial}: {text}"))
+        if event.kind == "lost":
+            cause = event.result["cause"]
+            said = f"{event.trial}: {cause}; another one goes on from the last checkpoint"
+            self._watch(Message(said))
+            return
         value = event.result.get(self._metric)
         if value is not None and (
             self._best is None or self._sign * value > self._sign * self._best[0]

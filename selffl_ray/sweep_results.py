@@ -23,6 +23,8 @@ ENDED = "ended.json"
 """In the folder of a trial that Tune ended: it was done, or the scheduler stopped it."""
 FAILURE = "failure.json"
 """In the folder of a trial that failed: why."""
+RESTART = "restart.json"
+"""In the folder of a trial whose driver actor died, until another one goes on: how often, why."""
 
 SCHEDULES = (
     "Population-based training: each row is a schedule, not a configuration. Where a label says "

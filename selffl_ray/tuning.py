@@ -4,16 +4,21 @@ A trial's actor is its driver: it runs the server loop, from one evaluated round
 each step that Tune asks for, on client actors of its own in the same placement group. What a trial
 has done is in its run's folder, so it goes on from there whoever starts it again, and a trial that
 is done is only reported. An actor that goes on with another trial keeps its client actors.
+
+An actor that dies is started again by Tune, in the same Tuner and so with all that a scheduler
+knows, up to ``faults.max_retries`` times. Rounds up to the checkpoint are reported once more, with
+the same values; ASHA decides once for each trial and rung. Tune makes no difference between an
+actor that died and an error that the run raised, which would come again. So such an error is first
+reported as a result, whereupon the trial has no retries left, and raised in the next step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
-import queue
-import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,20 +32,19 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from selffl_ray.checkpoint import rounds_done
 from selffl_ray.errors import RunError
 from selffl_ray.execution import JobRunner
-from selffl_ray.run_loop import Message, Progress
-from selffl_ray.run_writer import Job
-from selffl_ray.runtime.actors import Control
+from selffl_ray.run_writer import Job, Restart
 from selffl_ray.runtime.cluster import driver_bundle
+from selffl_ray.runtime.driver_actor import cause_of_death
 from selffl_ray.runtime.placement import PlacementPlan
-from selffl_ray.sweep_results import FAILURE
+from selffl_ray.stepped_run import SteppedRun
+from selffl_ray.sweep_results import FAILURE, RESTART
 from selffl_ray.sweep_scheduler import SchedulerConfig
 from selffl_ray.tables import write_json
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 1.0
-STOP_S = 120.0
-"""Longest wait for a trial to end the round that it is in."""
+FAILED = "failed"
+"""In a result: why the run failed. The next step raises it."""
 
 
 class TrialSpec(NamedTuple):
@@ -58,7 +62,11 @@ class TrialSpec(NamedTuple):
 
 
 class TuneEvent(NamedTuple):
-    """Something happened to a trial: ``result``, ``complete`` or ``error``."""
+    """Something happened to a trial.
+
+    kind: ``result``, ``complete``, ``lost`` (its actor died, and another one goes on; the result
+    says ``number`` and ``cause``) or ``error`` (the result says which).
+    """
 
     kind: str
     trial: str
@@ -66,92 +74,6 @@ class TuneEvent(NamedTuple):
 
 
 # -- in the trial's actor -----------------------------------------------------------------------
-
-
-class _SteppedControl(Control):
-    """Holds the job after every evaluated round until it is asked to go on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rounds: queue.Queue[Any] = queue.Queue()
-        self._turns = threading.Semaphore(0)
-
-    def emit(self, event: Any) -> None:
-        """A message is kept; a round is handed over and held."""
-        if isinstance(event, Message):
-            super().emit(event)
-        elif "time/eval_s" in event.metrics:
-            self.rounds.put(event)
-            self._turns.acquire()
-
-    def go_on(self) -> None:
-        """Let the job run to its next evaluated round."""
-        self._turns.release()
-
-    def stop(self) -> None:
-        """Ask the job to end after the round it is in."""
-        super().stop()
-        self.go_on()
-
-
-class SteppedRun:
-    """A job in a thread of its own, advanced from one evaluated round to the next."""
-
-    def __init__(self, work: Callable[[Control], Any]) -> None:
-        self._control = _SteppedControl()
-        self._work = work
-        self._thread = threading.Thread(target=self._run, name="rounds", daemon=True)
-        self._ended: Any = None
-
-    def _run(self) -> None:
-        try:
-            self._control.rounds.put(self._work(self._control))
-        except BaseException as error:
-            self._control.rounds.put(error)
-
-    def advance(self) -> Progress | None:
-        """The next evaluated round; None once the job has ended.
-
-        Raises:
-            what the job raised.
-        """
-        if self._ended is not None:
-            return None
-        if self._thread.ident is None:
-            self._thread.start()
-        else:
-            self._control.go_on()
-        while True:
-            try:
-                event = self._control.rounds.get(timeout=POLL_S)
-            except queue.Empty:
-                continue  # the thread always puts something when it ends
-            if isinstance(event, Progress):
-                return event
-            self._ended = event
-            if isinstance(event, BaseException):
-                raise event
-            return None
-
-    def hold(self) -> None:
-        """End the job at the round that it is held after, with everything written.
-
-        Raises:
-            what the job raised.
-        """
-        self._control.stop()
-        self.advance()
-
-    def messages(self) -> list[str]:
-        """Warnings since the last call."""
-        return [event.text for event in self._control.take()]
-
-    def stop(self) -> None:
-        """End the job after the round it is in, with everything written."""
-        if self._thread.ident is None:
-            return
-        self._control.stop()
-        self._thread.join(STOP_S)
 
 
 class SelfFLTrial(tune.Trainable):
@@ -168,41 +90,54 @@ class SelfFLTrial(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Go on with another trial; the client actors stay if they fit."""
         self._run.stop()
+        if self._error is not None:
+            self._runner.close()
         self._begin(new_config)
         return True
 
     def _begin(self, config: Mapping[str, Any]) -> None:
+        # Only what cannot fail: Tune would try again, as after a death.
         name = config["trial"]["name"]
         spec = self._specs[name]
-        folder = Path(spec.job.folder)
-        job = dataclasses.replace(spec.job, resume=(folder / "config.yaml").exists())
-        self._folder = folder
+        self._folder = Path(spec.job.folder)
         self._metrics = spec.metrics
-        self._past = deque(past_rounds(folder))
+        self._past: deque[dict[str, Any]] | None = None
         self._until = spec.until
-        self._finished = is_done(folder, spec.until)
         self._latest: dict[str, Any] = {}
+        self._error: Exception | None = None
         # Client actors serve trial after trial, so they are named after this actor.
-        label = f"{job.raw['experiment']}-trial-{os.getpid()}"
-        self._run = SteppedRun(lambda control: self._runner.run(control, job, spec.plan, label))
+        label = f"{spec.job.raw['experiment']}-trial-{os.getpid()}"
+        self._run = SteppedRun(
+            lambda control: self._runner.run(control, next_job(spec.job), spec.plan, label)
+        )
 
     def step(self) -> dict[str, Any]:
-        """Report the next evaluated round."""
-        # Not in ``_begin``: an actor that Tune started for a trial may be given another one.
-        (self._folder / FAILURE).unlink(missing_ok=True)
+        """Report the next evaluated round, or that the run failed: the step after that raises."""
+        if self._error is not None:
+            raise self._error
         try:
-            return self._again(self._past.popleft()) if self._past else self._next()
+            if self._past is None:
+                # Not in ``_begin``: an actor that Tune started for a trial may be given another.
+                (self._folder / FAILURE).unlink(missing_ok=True)
+                self._past = deque(past_rounds(self._folder))
+                self._finished = is_done(self._folder, self._until)
+            return self._again(self._past) if self._past else self._next()
         except Exception as error:
-            write_json(self._folder / FAILURE, {"error": " ".join(str(error).split())})
-            raise
+            text = " ".join(str(error).split())
+            self._error = error
+            # Where the disk is full, the result says it all the same.
+            with contextlib.suppress(OSError):
+                write_json(self._folder / FAILURE, {"error": text})
+            return {FAILED: text}
 
-    def _again(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A round that was done before."""
+    def _again(self, past: deque[dict[str, Any]]) -> dict[str, Any]:
+        """The first of the rounds that were done before."""
+        row = past.popleft()
         self._check_measured(row["round_index"], row)
-        return self._report(row["round_index"], row, done=self._finished and not self._past)
+        return self._report(row["round_index"], row, done=self._finished and not past)
 
     def _check_measured(self, round_index: int, metrics: Mapping[str, Any]) -> None:
-        """Tune would end the whole sweep for a result without its metric."""
+        """A result without its metric cannot be compared."""
         if self._metrics[0] not in metrics:
             raise RunError(
                 f"round {round_index}: {self._metrics[0]} was not measured or is not finite; did "
@@ -246,6 +181,18 @@ class SelfFLTrial(tune.Trainable):
         self._runner.close()
 
 
+def next_job(job: Job) -> Job:
+    """The job as its folder stands, with the reason if an actor before this one died.
+
+    The note of that is taken away, so it is told once.
+    """
+    folder = Path(job.folder)
+    note, begun = folder / RESTART, (folder / "config.yaml").exists()
+    restart = Restart(**json.loads(note.read_text())) if begun and note.exists() else None
+    note.unlink(missing_ok=True)
+    return dataclasses.replace(job, resume=begun, restart=restart)
+
+
 def is_finished(folder: Path) -> bool:
     """Whether a run has come to its end."""
     path = folder / "summary.json"
@@ -277,22 +224,51 @@ def past_rounds(folder: Path) -> list[dict[str, Any]]:
 # -- in the sweep's process ---------------------------------------------------------------------
 
 _watch: Callable[[TuneEvent], None] = lambda event: None  # noqa: E731
+_retries: Mapping[str, int] = {}
+"""By trial: times that its actor may die."""
 
 
 class _Relay(tune.Callback):
-    """Passes on what happens. Tune pickles its callbacks, so this one holds nothing."""
+    """Passes on what happens, and says which trials Tune tries again.
+
+    Tune pickles its callbacks, so this one holds nothing.
+    """
+
+    def on_trial_start(self, **info: Any) -> None:  # type: ignore[override]
+        """An actor is there for a trial."""
+        # Not only once: the trial of a sweep that goes on may have failed before.
+        info["trial"].max_failures = _retries[str(info["trial"])]
 
     def on_trial_result(self, **info: Any) -> None:  # type: ignore[override]
         """A step of a trial."""
+        if FAILED in info["result"]:
+            info["trial"].max_failures = 0
         _watch(TuneEvent("result", str(info["trial"]), info["result"]))
 
     def on_trial_complete(self, **info: Any) -> None:  # type: ignore[override]
         """A trial has ended, early or not."""
         _watch(TuneEvent("complete", str(info["trial"]), {}))
 
+    def on_trial_recover(self, **info: Any) -> None:  # type: ignore[override]
+        """The actor of a trial died, and Tune starts another one."""
+        trial = info["trial"]
+        told = {"number": trial.num_failures, "cause": cause_of_death(_last_failure(trial))}
+        _watch(TuneEvent("lost", str(trial), told))
+
     def on_trial_error(self, **info: Any) -> None:  # type: ignore[override]
-        """A trial has failed."""
-        _watch(TuneEvent("error", str(info["trial"]), {}))
+        """A trial has failed, or its actor died too often."""
+        trial = info["trial"]
+        often = f"that is more often than faults.max_retries, {trial.max_failures}, allows"
+        died = f"{cause_of_death(_last_failure(trial))}; {often}"
+        own = (trial.last_result or {}).get(FAILED)
+        _watch(TuneEvent("error", str(trial), {"error": own or died}))
+
+
+def _last_failure(trial: Any) -> str:
+    """What Tune wrote of it; it keeps the exception too, but as a pickle in a folder."""
+    path = trial.error_file
+    text = Path(path).read_text() if path is not None and Path(path).exists() else ""
+    return text.rpartition("Failure # ")[2].partition("\n")[2]
 
 
 def run_trials(
@@ -317,11 +293,8 @@ def run_trials(
     Raises:
         RunError: Tune itself failed.
     """
-    global _watch  # noqa: PLW0603 - Tune pickles callbacks, and the watcher cannot be
-    # Trials keep their own checkpoints; Tune's snapshots are small and may come often.
-    # One progress line, ours, instead of Tune's boxes.
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    global _watch, _retries  # noqa: PLW0603 - Tune pickles callbacks, and the watcher cannot be
+    _set_up_tune()
     trainable = _with_bundles(specs)
     if tune.Tuner.can_restore(str(folder)):
         tuner = tune.Tuner.restore(
@@ -340,12 +313,28 @@ def run_trials(
         )
         tuner = _new_tuner(trainable, specs, config, folder)
     _watch = watch
+    _retries = {name: _retries_of(spec) for name, spec in specs.items()}
     try:
         tuner.fit()
     except tune.TuneError as error:
         raise RunError(f"Ray Tune: {' '.join(str(error).split())[:300]}") from error
     finally:
         _watch = lambda event: None  # noqa: E731
+
+
+def _set_up_tune() -> None:
+    # Trials keep their own checkpoints; Tune's snapshots are small and may come often.
+    # One progress line, ours, instead of Tune's boxes.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    # Deaths and errors are told by us; Tune keeps their tracebacks in its error.txt.
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+    # A trial that says that it failed has no metric, and must not end the others.
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+
+
+def _retries_of(spec: TrialSpec) -> int:
+    return int(spec.job.raw["faults"]["max_retries"])
 
 
 def _new_tuner(
@@ -357,7 +346,12 @@ def _new_tuner(
         param_space={"trial": tune.grid_search(shown)},
         tune_config=config,
         run_config=tune.RunConfig(
-            name=folder.name, storage_path=str(folder.parent), callbacks=[_Relay()], verbose=0
+            name=folder.name,
+            storage_path=str(folder.parent),
+            callbacks=[_Relay()],
+            # For an actor that dies before it begins with a trial.
+            failure_config=tune.FailureConfig(max_failures=max(map(_retries_of, specs.values()))),
+            verbose=0,
         ),
     )
 

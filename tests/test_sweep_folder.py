@@ -38,14 +38,15 @@ def status_of(tmp_path, summary=None, events=()):
         ("STOPPED", [("result", {"done": True, "round": 3})], "STOPPED"),
         ("STOPPED", [("result", {"done": False, "round": 3})], "UNFINISHED"),
         (None, [], "UNFINISHED"),
-        (None, [("error", {})], "FAILED"),
-        ("FINISHED", [("error", {})], "FINISHED"),
+        (None, [("lost", {"number": 1, "cause": "why"})], "UNFINISHED"),
+        (None, [("error", {"error": "why"})], "FAILED"),
+        ("FINISHED", [("error", {"error": "why"})], "FINISHED"),
     ],
 )
 def test_a_trial_is_what_tune_and_its_run_say_together(tmp_path, summary, events, expected):
     status, error = status_of(tmp_path, summary, events)
     assert status == expected
-    assert bool(error) == (expected == "FAILED")
+    assert error == ("why" if expected == "FAILED" else "")
 
 
 def test_a_sweep_goes_on_from_where_it_was_started_only(tmp_path, monkeypatch):

@@ -63,9 +63,14 @@ def follow(
         ) from error
     except RayError as error:
         kind = DriverLostError if isinstance(error, RayActorError) else RunError
-        raise kind(f"the driver actor died: {' '.join(str(error).split())[:300]}") from error
+        raise kind(cause_of_death(error)) from error
     finally:
         ray.kill(actor, no_restart=True)
+
+
+def cause_of_death(error: object) -> str:
+    """One line from what Ray says of a driver actor that died."""
+    return f"the driver actor died: {' '.join(str(error).split())[:300]}"
 
 
 def _start(plan: PlacementPlan, label: str) -> Any:
