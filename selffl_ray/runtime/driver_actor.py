@@ -6,12 +6,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from selffl_ray.errors import DriverLostError, RunError, SelfFLError
 from selffl_ray.runtime.actors import DriverActor
 from selffl_ray.runtime.placement import PlacementPlan
+
+LOST = (RayActorError, OutOfMemoryError)
+"""What Ray raises when an actor has died; the second one when its memory monitor ended it."""
 
 POLL_S = 0.3
 ANSWER_S = 300.0
@@ -62,7 +71,7 @@ def follow(
             f"{plan.driver_cpus:g} CPU on this node? See `ray status`"
         ) from error
     except RayError as error:
-        kind = DriverLostError if isinstance(error, RayActorError) else RunError
+        kind = DriverLostError if isinstance(error, LOST) else RunError
         raise kind(cause_of_death(error)) from error
     finally:
         ray.kill(actor, no_restart=True)
