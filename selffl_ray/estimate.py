@@ -21,7 +21,7 @@ from selffl_ray.sweep_plan import SweepPlan
 
 
 def estimate_run(prepared: Prepared, plan: PlacementPlan) -> list[str]:
-    """Lines for a person. Time is extrapolated from one gradient step tried here."""
+    """Lines for a person. Time is extrapolated from one gradient step tried here, on a CPU."""
     training, federation = prepared.config.training, prepared.federation
     steps = num_steps(prepared)
     traffic = [prepared.algorithm.traffic(p) for p in prepared.plans]
@@ -30,19 +30,36 @@ def estimate_run(prepared: Prepared, plan: PlacementPlan) -> list[str]:
         (t.down * p.num_asked + t.up * len(p.cohort)) * width
         for t, p in zip(traffic, prepared.plans, strict=True)
     )
-    # Each actor computes with one thread, and all of them together on the cores that they share.
-    cores = max(1, round(sum(a.cpus for a in plan.actors)))
-    workers = min(len(plan.actors), cores)
-    seconds = steps * step_seconds(prepared) / workers
     rows = sum(len(c.train) + len(c.val) + len(c.test) for c in prepared.clients)
     data = rows * int(np.prod(prepared.dataset.shape.input_shape)) * 4
     return [
         f"{training.num_rounds} rounds, {steps} local steps in all, model of "
-        f"{federation.spec.num_params} parameters, stacks of {prepared.run_spec.stack_size}",
+        f"{federation.spec.num_params} parameters, {_stacks(prepared, plan)}",
         f"traffic of the method {size(sent)}, data in the hosts {size(data)}",
-        f"training about {duration(seconds)} on {workers} cores, besides start-up and evaluation",
+        _training_time(prepared, plan, steps),
         *([found] if (found := trouble_line(prepared.plans)) else []),
     ]
+
+
+def _on_gpus(prepared: Prepared, plan: PlacementPlan) -> bool:
+    placed = all(actor.gpus > 0 for actor in plan.actors)
+    return placed and prepared.config.placement.device == "auto"
+
+
+def _stacks(prepared: Prepared, plan: PlacementPlan) -> str:
+    if prepared.config.placement.stack_size == "auto" and _on_gpus(prepared, plan):
+        return "stacks as tall as the GPUs' memory allows"
+    return f"stacks of {prepared.run_spec.stack_size}"
+
+
+def _training_time(prepared: Prepared, plan: PlacementPlan, steps: int) -> str:
+    if _on_gpus(prepared, plan):
+        return "training time on GPUs is not estimated: what is here is no guide to it"
+    # Each actor computes with one thread, and all of them together on the cores that they share.
+    cores = max(1, round(sum(a.cpus for a in plan.actors)))
+    workers = min(len(plan.actors), cores)
+    seconds = steps * step_seconds(prepared) / workers
+    return f"training about {duration(seconds)} on {workers} cores, besides start-up and evaluation"
 
 
 def trouble_line(plans: Sequence[RoundPlan]) -> str:
