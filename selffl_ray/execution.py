@@ -14,6 +14,7 @@ from typing import Any
 from selffl_ray.checkpoint import latest_checkpoint
 from selffl_ray.errors import DriverLostError, RunError, SelfFLError, UsageError
 from selffl_ray.experiment import Prepared, fit_stacks, prepare_experiment
+from selffl_ray.folder_lock import only_writer
 from selffl_ray.pool import ClientPool, LocalTransport, StateLostError
 from selffl_ray.run_loop import Message, RunLoop
 from selffl_ray.run_writer import Job, Restart, RunWriter
@@ -75,8 +76,9 @@ class JobRunner:
                 self._loaded = None
                 _load(pool, prepared)
                 self._loaded = data
-            writer = RunWriter(job, prepared)
-            return _run_one(prepared, pool, writer, control, where=(plan, self._where))
+            with only_writer(Path(job.folder)):
+                writer = RunWriter(job, prepared)
+                return _run_one(prepared, pool, writer, control, where=(plan, self._where))
 
     def _pool_for(
         self, prepared: Prepared, plan: PlacementPlan, label: str, plugin_folder: str

@@ -66,6 +66,13 @@ def note_end(event: Any, trials: Path, *, held: bool = False) -> None:
     if event.result.get("done") and not held:
         write_json(folder / ENDED, {"round": event.result.get("round")})
     if event.kind == "lost":
-        write_json(folder / RESTART, dict(event.result))
+        died = (event.result["number"], event.result["cause"])
+        write_json(folder / RESTART, [*deaths(folder), died])
     if event.kind == "error" and not (folder / FAILURE).exists():
         write_json(folder / FAILURE, dict(event.result))
+
+
+def deaths(folder: Path) -> list[tuple[int, str]]:
+    """Number and cause of every death of an actor of a trial, in order."""
+    path = folder / RESTART
+    return [(n, cause) for n, cause in json.loads(path.read_text())] if path.exists() else []

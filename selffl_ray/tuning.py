@@ -37,6 +37,7 @@ from selffl_ray.runtime.cluster import driver_bundle
 from selffl_ray.runtime.driver_actor import cause_of_death
 from selffl_ray.runtime.placement import PlacementPlan
 from selffl_ray.stepped_run import SteppedRun
+from selffl_ray.sweep_folder import deaths
 from selffl_ray.sweep_results import FAILURE, RESTART
 from selffl_ray.sweep_scheduler import SchedulerConfig
 from selffl_ray.tables import write_json
@@ -182,15 +183,18 @@ class SelfFLTrial(tune.Trainable):
 
 
 def next_job(job: Job) -> Job:
-    """The job as its folder stands, with the reason if an actor before this one died.
+    """The job as its folder stands, with the reasons if actors before this one died.
 
-    The note of that is taken away, so it is told once.
+    All are told every time: one may have died before it wrote of the one before, and what is in
+    the tables is not taken in again.
     """
     folder = Path(job.folder)
-    note, begun = folder / RESTART, (folder / "config.yaml").exists()
-    restart = Restart(**json.loads(note.read_text())) if begun and note.exists() else None
-    note.unlink(missing_ok=True)
-    return dataclasses.replace(job, resume=begun, restart=restart)
+    if not (folder / "config.yaml").exists():
+        (folder / RESTART).unlink(missing_ok=True)
+        return dataclasses.replace(job, resume=False, restart=None)
+    died = deaths(folder)
+    restart = Restart(*died[-1], tuple(died[:-1])) if died else None
+    return dataclasses.replace(job, resume=True, restart=restart)
 
 
 def is_finished(folder: Path) -> bool:

@@ -205,13 +205,21 @@ def test_an_error_of_the_run_is_raised_once(local_ray, tmp_path):
     assert not any("another one goes on" in text for text in told(seen))
 
 
-def test_what_is_noted_of_a_death_goes_with_the_next_actor_and_no_further(tmp_path):
+def test_what_is_noted_of_deaths_goes_with_every_later_actor(tmp_path):
+    """The second one may die before it writes of the first; tables take in each once."""
     job = Job({}, str(tmp_path / "trial"), str(tmp_path))
-    event = SimpleNamespace(kind="lost", trial="trial", result={"number": 2, "cause": "why"})
-    note_end(event, tmp_path)
+
+    def dies(number, cause):
+        result = {"number": number, "cause": cause}
+        note_end(SimpleNamespace(kind="lost", trial="trial", result=result), tmp_path)
+
+    dies(1, "too early")
     # Nothing was begun: then nothing is gone on with.
     assert next_job(job) == job
     (tmp_path / "trial" / "config.yaml").touch()
-    note_end(event, tmp_path)
-    assert next_job(job) == replace(job, resume=True, restart=Restart(2, "why"))
     assert next_job(job) == replace(job, resume=True)
+    dies(2, "why")
+    assert next_job(job) == replace(job, resume=True, restart=Restart(2, "why"))
+    dies(3, "again")
+    both = Restart(3, "again", ((2, "why"),))
+    assert next_job(job) == next_job(job) == replace(job, resume=True, restart=both)
