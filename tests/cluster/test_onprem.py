@@ -81,6 +81,7 @@ def test_doctor_says_what_the_jobs_find(seen):
     assert re.search(r"ok Ray +RAY_ADDRESS=\S+, token authentication on", out)
     assert re.search(r"ok data stores +/mnt/shared/selffl/stores, ", out)
     assert re.search(r"ok MLflow +http://127.0.0.1:5000 answers", out)
+    assert re.search(r"ok nodes +1 alive, 0 gone", out)
 
 
 def test_a_sweep_is_submitted_through_the_tunnel_and_its_log_followed(seen):
