@@ -19,7 +19,7 @@ from selffl_ray.datasets.splits import ClientRows, Partition, split_clients
 from selffl_ray.datasets.store import Store, prepare, store_root
 from selffl_ray.driver import EvaluationPlan
 from selffl_ray.errors import ConfigError, DataError, is_lack_of_memory
-from selffl_ray.evaluation import metric_names
+from selffl_ray.evaluation import CHUNK, metric_names
 from selffl_ray.flat import ParamSpec
 from selffl_ray.messages import DataSpec, RunSpec, Split
 from selffl_ray.models.base import Model
@@ -219,7 +219,9 @@ def fit_stacks(prepared: Prepared, memory_bytes: Sequence[int]) -> Prepared:
     if not open_ or min(memory_bytes, default=0) == 0:
         return prepared
     training = prepared.config.training
-    length = max(training.batch_length(len(c.train)) for c in prepared.clients)
+    batch = max(training.batch_length(len(c.train)) for c in prepared.clients)
+    # Evaluation takes a stack's clients together too, in batches of its own length.
+    length = max(batch, min(CHUNK, max(len(c.train) for c in prepared.clients)))
     size = stack_on_gpu(prepared.model, prepared.dataset.task, length, min(memory_bytes))
     return replace(prepared, run_spec=replace(prepared.run_spec, stack_size=size))
 

@@ -16,6 +16,10 @@ from tests.runtime.placements import prepared_with
 from tests.test_digests_local import CNN, DIGITS
 
 SHAPE = DataShape((6,), 3)
+GAUSSIAN = (
+    "data={name: gaussian, num_clients: 4, dimension: 12, num_examples: [300, 700]}",
+    "model.name=linear",
+)
 
 
 def model_of(num_params, *, stacks_on_cpu=True):
@@ -70,14 +74,26 @@ def test_the_size_is_fitted_to_gpus_only_where_all_have_one_and_it_is_left_open(
         assert fit_stacks(prepared, memory) is prepared
 
 
-def test_the_smallest_share_counts():
-    prepared = prepared_with(*CNN)
-    row = row_bytes(prepared.model, prepared.dataset.task, prepared.config.training.batch_size)
+@pytest.mark.parametrize(
+    ("settings", "length"),
+    [
+        # At most 21 examples: one chunk of them is evaluated together.
+        ((*CNN, "training.batch_size=10"), 21),
+        ((*GAUSSIAN, "training.batch_size=32"), 256),
+        ((*GAUSSIAN, "training.batch_size=300"), 300),
+    ],
+)
+def test_the_smallest_share_counts_and_the_longest_batch_of_training_and_evaluation(
+    settings, length
+):
+    prepared = prepared_with(*settings)
+    row = row_bytes(prepared.model, prepared.dataset.task, length)
     assert fit_stacks(prepared, [20 * row, 200 * row]).run_spec.stack_size == 10
+    assert fit_stacks(prepared, [20 * row - 1]).run_spec.stack_size == 9
 
 
 def test_a_blank_batch_is_what_the_model_and_the_task_take():
-    for settings in (DIGITS, ("data.name=gaussian", "model.name=linear")):
+    for settings in (DIGITS, GAUSSIAN):
         prepared = prepared_with(*settings)
         x, y, weight = blank_batch(prepared.model, prepared.dataset.task, 2, 5)
         theta = torch.zeros((2, prepared.model.spec.num_params), dtype=weight.dtype)
