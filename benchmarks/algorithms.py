@@ -4,9 +4,9 @@
 
 W1 in one process, on one thread, in processor time: other work on the machine slows the clock much
 more than this. The steady rounds are those by which a run of 10 rounds exceeds one of 2. Each pass
-runs every method once. Of medians over the passes: ``gradients`` is a method's mini-batch gradients
-over FedAvg's, ``time`` its processor time over FedAvg's, and ``overhead`` their quotient less one:
-what a method costs beyond its gradients.
+runs every method once. Within a pass, ``gradients`` is a method's mini-batch gradients over FedAvg's,
+``time`` its processor time over FedAvg's, and ``overhead`` their quotient less one: what a method
+costs beyond its gradients. Shown are medians over the passes.
 """
 
 from __future__ import annotations
@@ -53,12 +53,14 @@ def one_pass(methods: list[str], number: int) -> list[dict[str, object]]:
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Medians over the passes beside FedAvg's."""
-    medians = rows.groupby("method", sort=False)[["cpu_s", "gradients"]].median()
-    time_ratio = medians["cpu_s"] / medians.loc[REFERENCE, "cpu_s"]
-    gradients = medians["gradients"] / medians.loc[REFERENCE, "gradients"]
-    found = {"time": time_ratio, "gradients": gradients, "overhead": time_ratio / gradients - 1}
-    return pd.DataFrame(found).round(2)
+    """Beside FedAvg's: medians over the passes of ratios within one pass, as machines drift."""
+    cpu_s = rows.pivot(index="pass", columns="method", values="cpu_s")
+    gradients = rows.pivot(index="pass", columns="method", values="gradients")
+    time_ratio = cpu_s.div(cpu_s[REFERENCE], axis=0)
+    steps_ratio = gradients.div(gradients[REFERENCE], axis=0)
+    overhead = time_ratio / steps_ratio - 1
+    found = {"time": time_ratio, "gradients": steps_ratio, "overhead": overhead}
+    return pd.DataFrame({name: ratio.median() for name, ratio in found.items()}).round(2)
 
 
 def main() -> None:
