@@ -4,9 +4,9 @@
 
 W1 in one process, on one thread, in processor time: other work on the machine slows the clock much
 more than this. The steady rounds are those by which a run of 10 rounds exceeds one of 2. Each pass
-runs every method once. Within a pass, ``gradients`` is a method's mini-batch gradients over FedAvg's,
-``time`` its processor time over FedAvg's, and ``overhead`` their quotient less one: what a method
-costs beyond its gradients. Shown are medians over the passes.
+runs every method once. Within a pass, ``gradients`` is a method's mini-batch gradients over
+FedAvg's, ``time`` its processor time over FedAvg's, and ``overhead`` their quotient less one: what
+a method costs beyond its gradients. Shown are medians over the passes.
 """
 
 from __future__ import annotations

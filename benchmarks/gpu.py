@@ -37,6 +37,7 @@ from benchmarks.ours import rounds_of
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.workloads import ON_GPU, WORKLOADS, workload_config
 from selffl_ray.experiment import prepare_experiment
+from selffl_ray.numerics import be_exact
 from selffl_ray.runtime.cluster import cluster
 
 ONE_BY_ONE = "local, stacks of 1"
@@ -63,6 +64,8 @@ def main() -> None:
         parser.error(f"unknown workload {', '.join(unknown)}; known: {', '.join(ON_GPU)}")
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA device on this machine")
+    # All entries with the same arithmetic, the plain loop's too.
+    be_exact()
     names, rounds = options.workloads or list(ON_GPU), options.rounds
     print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}", flush=True)
     rows: list[dict[str, Any]] = []
@@ -112,15 +115,20 @@ def _in_process(name: str, stacks: list[str], rounds: int) -> Iterator[Measured]
 def _on_ray(name: str, actors: list[int], rounds: int) -> Iterator[Measured]:
     clients = len(prepare_experiment(workload_config(name)).clients)
     for k in actors:
+        each = -(-clients // k)
+        # 20 clients fill 7 actors of three, where 8 were asked for.
+        started = -(-clients // each)
         config = workload_config(
             name,
             f"training.num_rounds={rounds}",
-            f"placement.clients_per_actor={-(-clients // k)}",
+            f"placement.clients_per_actor={each}",
             f"placement.gpus_per_client={1 / k}",
         )
         with tempfile.TemporaryDirectory() as folder:
             yield Measured(
-                f"ray, {k} actor{'s' if k > 1 else ''}", rounds_of(config, folder).rounds_s, None
+                f"ray, {started} actor{'s' if started > 1 else ''}",
+                rounds_of(config, folder).rounds_s,
+                None,
             )
 
 

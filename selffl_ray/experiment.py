@@ -221,7 +221,8 @@ def fit_stacks(prepared: Prepared, memory_bytes: Sequence[int]) -> Prepared:
     training = prepared.config.training
     batch = max(training.batch_length(len(c.train)) for c in prepared.clients)
     # Evaluation takes a stack's clients together too, in batches of its own length.
-    length = max(batch, min(CHUNK, max(len(c.train) for c in prepared.clients)))
+    most = max(len(rows) for c in prepared.clients for rows in (c.train, c.val, c.test))
+    length = max(batch, min(CHUNK, 1 << (most - 1).bit_length()))
     size = stack_on_gpu(prepared.model, prepared.dataset.task, length, min(memory_bytes))
     return replace(prepared, run_spec=replace(prepared.run_spec, stack_size=size))
 

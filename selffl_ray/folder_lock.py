@@ -23,21 +23,41 @@ LOOK_S = 0.1
 def only_writer(folder: Path, patience_s: float | None = None) -> Iterator[None]:
     """Hold a folder, which is made if need be; it is free again at the end, or if we are killed.
 
-    Nothing is left in the folder. Another holder is waited for: ``PATIENCE_S`` unless told.
+    Nothing is left in the folder, and beside it only where a file system such as NFS locks files
+    but no folders: a hidden file. Another holder is waited for: ``PATIENCE_S`` unless told.
 
     Raises:
         RunError: another process holds it still.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        _take(handle, folder, PATIENCE_S if patience_s is None else patience_s)
+    patience_s = PATIENCE_S if patience_s is None else patience_s
+    with contextlib.ExitStack() as handles:
+        refusal = _take(_opened(folder, os.O_RDONLY, handles), folder, patience_s)
+        if refusal is not None:
+            beside = folder.with_name(f".{folder.name}.lock")
+            refusal = _take(_opened(beside, os.O_RDWR | os.O_CREAT, handles), folder, patience_s)
+        if refusal is not None:
+            logger.warning(
+                "%s: its file system locks neither folders nor files (%s); two commands that write "
+                "this run at once would not be noticed",
+                folder,
+                refusal.strerror,
+            )
         yield
-    finally:
-        os.close(handle)
 
 
-def _take(handle: int, folder: Path, patience_s: float) -> None:
+def _opened(path: Path, flags: int, handles: contextlib.ExitStack) -> int:
+    handle = os.open(path, flags, 0o666)
+    handles.callback(os.close, handle)
+    return handle
+
+
+def _take(handle: int, folder: Path, patience_s: float) -> OSError | None:
+    """Lock what is open; what the file system says if it cannot.
+
+    Raises:
+        RunError: another process holds it still.
+    """
     until, waited = time.monotonic() + patience_s, False
     while True:
         try:
@@ -53,12 +73,6 @@ def _take(handle: int, folder: Path, patience_s: float) -> None:
             waited = True
             time.sleep(LOOK_S)
         except OSError as error:
-            logger.warning(
-                "%s: its file system locks no folders (%s); two commands that write this run at "
-                "once would not be noticed",
-                folder,
-                error.strerror,
-            )
-            return
+            return error
         else:
-            return
+            return None

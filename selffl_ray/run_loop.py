@@ -152,11 +152,15 @@ class RunLoop:
 
         What an actor has noted but not written is lost with it, so the next one is told of all.
         """
-        self._events.recall(self._writer.unrecorded, -1)
-        restart, folder = self._writer.restart, self._writer.folder
+        rows = events_after(self._writer.folder, -1)
+        # A summary is as old as the last orderly end: rows may have its events by now.
+        in_rows = {Event(**row).key for row in rows}
+        unrecorded = [e for e in self._writer.unrecorded if Event(**e).key not in in_rows]
+        self._events.recall(unrecorded, -1)
+        restart = self._writer.restart
         if restart is None:
             return
-        written = {(row["attempt"], row["cause"]) for row in events_after(folder, -1)}
+        written = {(row["attempt"], row["cause"]) for row in rows}
         at = min(rounds_done(self._checkpoints), len(self._prepared.plans) - 1)
         for number, cause in (*restart.earlier, (restart.number, restart.cause)):
             if (number, cause) not in written:

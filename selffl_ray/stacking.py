@@ -21,6 +21,8 @@ MOST_ON_CPU = 20
 MOST_ON_GPU = 1024
 GPU_SHARE = 0.5
 """Part of an actor's device memory for a stack; the rest is for data, states and updates."""
+SHORT = (2, 4)
+"""Batches whose memory is counted."""
 COPIES = 12
 """Rows of parameters that a step may hold beside each other, those of methods with several models
 and of estimators included."""
@@ -48,8 +50,17 @@ def row_bytes(model: Model, task: Task, batch_length: int) -> int:
     """Memory that a row of a stack takes at most in a step.
 
     Counted on a processor: what one row's forward pass keeps for the backward pass, twice because
-    that makes as much again on its way, and copies of the parameters.
+    that makes as much again on its way, and copies of the parameters. What is kept grows with the
+    batch by the same amount an example, so two short batches tell that of a long one.
     """
+    few, more = (_kept_bytes(model, task, length) for length in SHORT)
+    each = (more - few) // (SHORT[1] - SHORT[0])
+    kept = few + each * (batch_length - SHORT[0])
+    return 2 * kept + COPIES * model.spec.num_params * model.spec.dtype.itemsize
+
+
+def _kept_bytes(model: Model, task: Task, batch_length: int) -> int:
+    """What the forward pass of one row keeps."""
     x, y, weight = blank_batch(model, task, 1, batch_length)
     theta = torch.zeros((1, model.spec.num_params), dtype=model.spec.dtype)
     kept: dict[int, int] = {}
@@ -64,7 +75,7 @@ def row_bytes(model: Model, task: Task, batch_length: int) -> int:
     engine.loss_and_grad(theta, x, y, weight)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         engine.loss_and_grad(theta, x, y, weight)
-    return 2 * sum(kept.values()) + COPIES * theta.nbytes
+    return sum(kept.values())
 
 
 def blank_batch(

@@ -590,6 +590,18 @@ def test_a_host_that_is_lost_when_all_rounds_are_done_is_told_too(losing, tmp_pa
         assert events_of(again) == [event]
 
 
+def test_an_old_summary_does_not_tell_again_what_a_row_has(losing, tmp_path):
+    """A summary is as old as the last orderly end."""
+    losing(6)
+    folder = tmp_path / "run"
+    (event,) = events_of(run_experiment(config(*FRAGILE), output=folder))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert "events" not in summary
+    (folder / "summary.json").write_text(json.dumps(summary | {"events": [event]}))
+    shutil.rmtree(folder / "checkpoints" / "round_5")
+    assert events_of(run_experiment(config(*FRAGILE), resume=folder)) == [event]
+
+
 def test_events_of_rounds_that_were_to_be_done_again_are_told_if_that_fails(losing, tmp_path):
     """Their rows are gone: without a checkpoint all is done again."""
     rare = config(*FRAGILE, "checkpoint.every=100")

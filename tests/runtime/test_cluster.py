@@ -198,7 +198,13 @@ room = {"node_ip_address": "127.0.0.1", "memory": 3 * 2**30}
 nodes.add_node(num_cpus=2, num_gpus=1, **room)
 nodes.remove_node(nodes.add_node(num_cpus=3, **room))
 os.environ["RAY_ADDRESS"] = nodes.address
+import time
 from selffl_ray.doctor import examine
+from selffl_ray.runtime.cluster import cluster_nodes
+# Ray may need a while to notice.
+deadline = time.monotonic() + 60
+while all(node.alive for node in cluster_nodes()) and time.monotonic() < deadline:
+    time.sleep(1)
 for finding in examine():
     if finding.name.startswith("node"):
         print("found", finding.name, finding.found, finding.remedy is None, sep="|")
@@ -208,7 +214,7 @@ nodes.shutdown()
 
 def test_the_doctor_lists_the_nodes_that_are_alive_and_those_that_are_gone(sandbox):
     process = sandbox.start(sys.executable, "-c", LOST_A_NODE, PYTHONPATH=str(ROOT))
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=170)
     lines = [line.split("|")[1:] for line in out.splitlines() if line.startswith("found|")]
     assert lines, err
     at = f"{LOOPBACK} ({socket.gethostname()})"

@@ -50,7 +50,7 @@ def marks_of(tmp_path, name, rounds):
     folder = tmp_path / f"marks-{name}"
     folder.mkdir()
     for round_index in rounds:
-        (folder / str(round_index)).touch()
+        (folder / f"{round_index}-0").touch()
     return folder
 
 
@@ -101,7 +101,7 @@ def test_a_trial_whose_actor_is_killed_ends_as_one_that_was_left_alone(
     sweep = sweep_of(space, marks, base, **more)
     killed = run_sweep(sweep, output=tmp_path / "killed", watch=seen.append)
     assert killed.complete
-    assert sorted(int(p.name) for p in marks.iterdir()) == list(DEATHS)
+    assert sorted(int(p.name.partition("-")[0]) for p in marks.iterdir()) == list(DEATHS)
     csv = [(tmp_path / name / "results.csv").read_text() for name in ("quiet", "killed")]
     assert csv[0] == csv[1]
     rows = killed.rows["select"].set_index("trial")
