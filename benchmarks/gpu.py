@@ -1,6 +1,6 @@
 """Seconds a round on a CUDA device: stacks of clients against one by one, and actors that share it.
 
-    python -m benchmarks.gpu [W1 W2 W3 W3s W4 R1] [--stacks 1,8,all] [--actors 1,2,4,8]
+    python -m benchmarks.gpu [W1 W2 W3 W3s W4 R1] [--stacks 1,8,all,auto] [--actors 1,2,4,8]
                              [--rounds 5] [--output FILE.csv]
 
 The workloads are those of ``benchmarks.workloads``. Entries of each:
@@ -62,6 +62,13 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := [name for name in options.workloads if name not in ON_GPU]:
         parser.error(f"unknown workload {', '.join(unknown)}; known: {', '.join(ON_GPU)}")
+    counts = [n for n in options.stacks.split(",") if n not in ("all", "auto")]
+    counts += [k for k in options.actors.split(",") if k]
+    if wrong := [n for n in (*counts, str(options.rounds)) if not n.isdecimal() or int(n) < 1]:
+        parser.error(
+            "--stacks, --actors and --rounds take numbers from 1 (--stacks also all and auto), "
+            f"got {', '.join(wrong)}"
+        )
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA device on this machine")
     # All entries with the same arithmetic, the plain loop's too.

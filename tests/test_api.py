@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -663,6 +664,24 @@ def test_a_driver_actor_is_told_of_all_that_died_before_it(tmp_path, monkeypatch
         Restart(1, "death 1"),
         Restart(2, "death 2", ((1, "death 1"),)),
     ]
+
+
+@pytest.mark.parametrize(
+    "raised", [driver_actor.RayActorError(), driver_actor.OutOfMemoryError("too much")]
+)
+def test_a_driver_actor_counts_as_dead_whoever_ended_it(raised, monkeypatch):
+    """Ray says it in another way if its own memory monitor did."""
+
+    def fail(*given: Any, **more: Any) -> Any:
+        raise raised
+
+    monkeypatch.setattr(driver_actor, "_start", lambda *given: Mock())
+    monkeypatch.setattr(driver_actor.ray, "wait", fail)
+    monkeypatch.setattr(driver_actor.ray, "kill", lambda *given, **more: None)
+    with pytest.raises(DriverLostError, match="the driver actor died: "):
+        driver_actor.follow(
+            Mock(), (), plan=TWO_HOSTS, label="x", watch=print, interrupted=lambda: False
+        )
 
 
 def test_a_host_that_is_lost_while_it_reads_the_data_is_an_error_that_says_so(losing, tmp_path):

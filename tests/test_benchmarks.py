@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 import time
 
@@ -14,6 +15,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from benchmarks import gpu
 from benchmarks.agreement import apart, findings, largest_difference, load
 from benchmarks.entries import (
     DEDICATED,
@@ -343,3 +345,21 @@ def test_an_unknown_name_is_one_line_that_says_the_known_ones(module, flag, caps
     assert end.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"{flag}: unknown nosuch; known: " in last
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["W9"], "unknown workload W9; known: W1, W2, W3, W3s, W4, R1"),
+        (["W1", "--stacks", "1,some"], "take numbers from 1 .* got some"),
+        (["W1", "--actors", "0"], "take numbers from 1 .* got 0"),
+        (["W1", "--rounds", "-1"], "take numbers from 1 .* got -1"),
+    ],
+)
+def test_the_gpu_benchmark_says_in_a_line_what_it_cannot_take(given, said, monkeypatch, capsys):
+    """Before it asks for a GPU."""
+    monkeypatch.setattr(sys, "argv", ["gpu", *given])
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    assert end.value.code == 2
+    assert re.search(said, capsys.readouterr().err.splitlines()[-1])
