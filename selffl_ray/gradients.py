@@ -12,7 +12,8 @@ Shape letters: C clients of a stack, P parameters, B examples of a batch, K outp
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -46,6 +47,8 @@ class RowEngine:
         self.device = device
         if device.type != "cpu":
             be_exact()
+        # Written and measured for processors.
+        self._forward = model.forward if device.type == "cpu" else None
         self._heights: dict[tuple[int, ...], Height] = {}
 
     def outputs(self, theta_CP: Tensor, x_CB: Tensor) -> Tensor:
@@ -80,19 +83,41 @@ class RowEngine:
             loss_C, sum over the batch of weight * loss; grad_CP. The sum of the rows' losses is
             differentiated once: rows share no parameter, so row c of the gradient is row c's own.
         """
-        spec, rows = self.model.spec, theta_CP.shape[0]
+        rows = theta_CP.shape[0]
         grad_CP = theta_CP.new_empty(theta_CP.shape) if out is None else out
         losses = []
         for pick in self._picks(x_CB.shape[1:], rows):
-            leaves = tuple(v.detach().requires_grad_() for v in spec.views(theta_CP[pick]))
-            loss_CB = self.task.loss(self.model.apply(leaves, x_CB[pick]), y_CB[pick])
-            loss_C = (loss_CB * weight_CB[pick]).sum(1)
-            grads = torch.autograd.grad(loss_C.sum(), leaves, materialize_grads=True)
-            place = pick if isinstance(pick, slice) else slice(0, rows)
-            for view, grad in zip(spec.views(grad_CP[place]), grads, strict=True):
-                view.copy_(grad[: view.shape[0]])
-            losses.append(loss_C.detach()[:rows])
+            loss = partial(_weighed, self.task, y_CB[pick], weight_CB[pick])
+            place = grad_CP[pick if isinstance(pick, slice) else slice(0, rows)]
+            theta = theta_CP[pick]
+            # The copy beside a single row has no place in what was asked for.
+            room = place if len(place) == len(theta) else torch.empty_like(theta)
+            loss_C = self._differentiate(theta, x_CB[pick], loss, room)
+            if room is not place:
+                place.copy_(room[: len(place)])
+            losses.append(loss_C[:rows])
         return (losses[0] if len(losses) == 1 else torch.cat(losses)), grad_CP
+
+    @torch.enable_grad()
+    def _differentiate(
+        self, theta_CP: Tensor, x_CB: Tensor, loss: Callable[[Tensor], Tensor], out_CP: Tensor
+    ) -> Tensor:
+        """``loss(outputs)`` of every row, (C,); the gradient of their sum goes into ``out_CP``."""
+        spec, forward = self.model.spec, self._forward
+        if forward is None:
+            leaves = tuple(view.detach().requires_grad_() for view in spec.views(theta_CP))
+            loss_C = loss(self.model.apply(leaves, x_CB))
+            grads = torch.autograd.grad(loss_C.sum(), leaves, materialize_grads=True)
+            for view, grad in zip(spec.views(out_CP), grads, strict=True):
+                view.copy_(grad)
+            return loss_C.detach()
+        with torch.no_grad():
+            outputs, pull_back = forward(spec.views(theta_CP), x_CB)
+        loss_C = loss(outputs.requires_grad_())
+        (grad_CBK,) = torch.autograd.grad(loss_C.sum(), outputs)
+        with torch.no_grad():
+            pull_back(grad_CBK, spec.views(out_CP))
+        return loss_C.detach()
 
     def _picks(self, batch_shape: Sequence[int], rows: int) -> list[slice | Tensor]:
         """Rows that are run together, one entry after the other."""
@@ -112,7 +137,6 @@ class RowEngine:
             self._heights[batch_shape] = self._try_heights(batch_shape)
         return self._heights[batch_shape]
 
-    @torch.enable_grad()
     def _try_heights(self, batch_shape: tuple[int, ...]) -> Height:
         """Compare rows alone, beside a copy, and among several, on made-up numbers.
 
@@ -127,11 +151,15 @@ class RowEngine:
         pull_CBK = torch.from_numpy(rng.normal(size=(5, batch_shape[0], shape.num_outputs)))
 
         def rows(pick: list[int]) -> list[Tensor]:
-            leaves = tuple(v.detach().requires_grad_() for v in spec.views(theta_CP[pick]))
-            outputs = self.model.apply(leaves, x_CB[pick])
-            pull = (outputs * pull_CBK[pick].to(outputs.dtype)).sum()
-            grads = torch.autograd.grad(pull, leaves, materialize_grads=True)
-            return [outputs.detach(), *grads]
+            seen: list[Tensor] = []
+
+            def pull(outputs: Tensor) -> Tensor:
+                seen.append(outputs.detach())
+                return (outputs * pull_CBK[pick].to(outputs.dtype)).sum((1, 2))
+
+            grad_CP = torch.empty_like(theta_CP[pick])
+            self._differentiate(theta_CP[pick], x_CB[pick], pull, grad_CP)
+            return [*seen, grad_CP]
 
         alone, pair, four, five = rows([0]), rows([0, 4]), rows([4, 3, 1, 0]), rows([0, 1, 2, 3, 4])
 
@@ -142,6 +170,11 @@ class RowEngine:
         if not (first and same(pair, 1, five, 4) and same(pair, 1, four, 0)):
             return Height.ONE
         return Height.ANY if same(alone, 0, pair, 0) else Height.PAIR
+
+
+def _weighed(task: Task, y_CB: Tensor, weight_CB: Tensor, outputs_CBK: Tensor) -> Tensor:
+    """Weighted sum of the examples' losses: (C,)."""
+    return (task.loss(outputs_CBK, y_CB) * weight_CB).sum(1)
 
 
 def _made_up_inputs(

@@ -6,6 +6,8 @@ far as its memory allows. Results do not depend on it on a processor, and within
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -70,7 +72,8 @@ def _kept_bytes(model: Model, task: Task, batch_length: int) -> int:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    engine = RowEngine(model, task, torch.device("cpu"))
+    # A GPU leaves the backward pass to automatic differentiation.
+    engine = RowEngine(dataclasses.replace(model, forward=None), task, torch.device("cpu"))
     # The first call of a shape also tries out heights, which is not a row's.
     engine.loss_and_grad(theta, x, y, weight)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks import gpu
+from benchmarks import backward, gpu
 from benchmarks.agreement import apart, findings, largest_difference, load
 from benchmarks.entries import (
     DEDICATED,
@@ -333,6 +333,7 @@ def test_placements_must_have_one_digest(second, good):
     ("module", "flag"),
     [
         ("algorithms", "--methods"),
+        ("backward", "--workloads"),
         ("memory", "--methods"),
         ("scale", "--parts"),
         ("selffl", "--variants"),
@@ -345,6 +346,13 @@ def test_an_unknown_name_is_one_line_that_says_the_known_ones(module, flag, caps
     assert end.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"{flag}: unknown nosuch; known: " in last
+
+
+def test_the_two_backward_passes_are_really_two():
+    config = workload_config("W1")
+    model = config.model, prepare_experiment(config).dataset.shape
+    assert backward.without_forward(*model).forward is None
+    assert backward.build_model(*model).forward is not None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -166,6 +168,54 @@ def test_a_free_vector_of_parameters_has_the_same_bits_at_any_height_and_place(b
 def test_dense_networks_of_any_shape_keep_their_bits(inputs, hidden, outputs, batch):
     shape = DataShape((inputs,), outputs)
     assert_rows_keep_their_bits(built("mlp", MLPConfig(hidden=tuple(hidden)), shape), batch)
+
+
+@settings(max_examples=60)
+@given(
+    widths=st.lists(st.integers(2, 70), max_size=2),
+    inputs=st.integers(2, 100),
+    rows=st.integers(1, 6),
+    batch=st.integers(1, 70),
+    broken=st.booleans(),
+)
+def test_the_backward_pass_of_dense_networks_has_the_bits_of_automatic_differentiation(
+    widths, inputs, rows, batch, broken
+):
+    """Also of a row that diverged: NaN must stay where it was."""
+    own = built("mlp", MLPConfig(hidden=tuple(widths)), DataShape((inputs,), 4))
+    assert own.forward is not None
+    theta_CP, x, y, weight = made_up(own, rows, batch)
+    if broken:
+        theta_CP[0, 3] = float("nan")
+    found = engine_of(own).loss_and_grad(theta_CP, x, y, weight)
+    expected = engine_of(dataclasses.replace(own, forward=None)).loss_and_grad(
+        theta_CP, x, y, weight
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert np.array_equal(one.numpy(), other.numpy(), equal_nan=True)
+
+
+def test_a_layer_of_one_unit_is_left_to_automatic_differentiation():
+    """Its products' bits depend on how the result lies in memory."""
+    assert built("mlp", MLPConfig(hidden=(1,))).forward is None
+    assert built("mlp", MLPConfig(), DataShape((1,), 4)).forward is None
+    assert built("mlp", MLPConfig(), DataShape((9,), 1)).forward is None
+
+
+def test_dense_networks_use_their_own_backward_pass_on_a_processor():
+    calls = []
+    model = built("mlp", MLPConfig(hidden=(5,)))
+
+    def forward(leaves, x):
+        outputs, pull_back = model.forward(leaves, x)
+        return outputs, lambda grad, out: calls.append(len(grad)) or pull_back(grad, out)
+
+    engine = engine_of(dataclasses.replace(model, forward=forward))
+    theta_CP, x, y, weight = made_up(model, 3, 4)
+    engine.loss_and_grad(theta_CP, x, y, weight)
+    calls.clear()
+    engine.loss_and_grad(theta_CP, x, y, weight)
+    assert calls == [3]
 
 
 def at_height(scale):

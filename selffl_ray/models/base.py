@@ -20,6 +20,9 @@ from selffl_ray.tasks import DataShape
 
 Leaves = tuple[Tensor, ...]
 
+PullBack = Callable[[Tensor, Leaves], None]
+"""(gradient of the outputs (C, B, K), where to write those of the parameters (C, *shape) each)."""
+
 
 @dataclass(frozen=True)
 class Model:
@@ -29,6 +32,8 @@ class Model:
     init: generator -> the start of training, (P,).
     stacks_on_cpu: False if a taller stack is slower on a CPU (convolutions); rows then go one by
         one there.
+    forward: what ``apply`` gives, bit for bit, and how a gradient of the outputs goes back to the
+        parameters. None leaves that to automatic differentiation, which allocates each gradient.
     """
 
     spec: ParamSpec
@@ -36,6 +41,7 @@ class Model:
     apply: Callable[[Leaves, Tensor], Tensor]
     init: Callable[[np.random.Generator], FlatParams]
     stacks_on_cpu: bool = True
+    forward: Callable[[Leaves, Tensor], tuple[Tensor, PullBack]] | None = None
 
 
 def refuse_tokens(name: str, shape: DataShape) -> None:

