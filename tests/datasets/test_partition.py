@@ -431,6 +431,39 @@ def test_test_examples_follow_the_clients_own_label_proportions():
     assert total == pytest.approx(freedom, rel=0.25)
 
 
+DRAWN = {"alpha": 2.0, "num_clients": 20, "sizes": SizesConfig(min=20, max=20)}
+
+
+def homogeneity(name, config):
+    """Chi-square that own and test examples share their proportions, a degree of freedom."""
+    total = freedom = 0.0
+    for seed in range(5):
+        hands, store = deal(name, config, seed=seed)
+        own_MK = counts_of(hands, store.labels())
+        test_MK = np.stack([np.bincount(store.labels()[h.test_rows], minlength=10) for h in hands])
+        for own_K, test_K in zip(own_MK, test_MK, strict=True):
+            both_K = own_K + test_K
+            pooled_K = both_K[both_K > 0] / both_K.sum()
+            gap_K = (own_K / own_K.sum() - test_K / test_K.sum())[both_K > 0]
+            spread = 1 / own_K.sum() + 1 / test_K.sum()
+            total += (gap_K**2 / (pooled_K * spread)).sum()
+            freedom += (both_K > 0).sum() - 1
+    return total / freedom
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [("dirichlet", DirichletConfig), ("rotation", RotationConfig)]
+)
+def test_drawn_test_labels_vary_beside_the_clients_own_as_two_samples_do(name, config):
+    """With 20 of each ``dealt`` lacks half of that: only the test labels vary."""
+    drawn = config(**DRAWN, test_examples=20, test_labels="drawn")
+    dealt = config(**DRAWN, test_examples=20)
+    assert homogeneity(name, drawn) == pytest.approx(1.0, abs=0.15)
+    assert homogeneity(name, dealt) < 0.7
+    pairs = zip(deal(name, drawn)[0], deal(name, dealt)[0], strict=True)
+    assert all(np.array_equal(one.rows, other.rows) for one, other in pairs)
+
+
 def test_without_test_examples_the_published_test_part_is_dealt_too():
     hands, _ = deal("iid", PooledConfig(num_clients=5))
     assert sum(len(hand.rows) for hand in hands) == TRAINING + TESTING
@@ -482,6 +515,18 @@ TOO_MUCH = {
     "no published test part": (
         "iid", PooledConfig(test_examples=5), NO_TEST, ConfigError,
         "test_examples: toy_without_test has no published test part; set it to 0",
+    ),
+    "drawn test labels of iid": (
+        "iid", PooledConfig(sizes=SizesConfig(min=9, max=9), test_examples=5, test_labels="drawn"),
+        POOL, ConfigError, "test_labels: drawn needs test_examples and label proportions drawn for",
+    ),
+    "drawn test labels where classes are cut": (
+        "dirichlet", DirichletConfig(test_examples=5, test_labels="drawn"), POOL, ConfigError,
+        "test_labels: drawn needs .* dirichlet or rotation with alpha, with sizes; or take dealt",
+    ),
+    "drawn test labels without test examples": (
+        "dirichlet", DirichletConfig(sizes=SizesConfig(min=9, max=9), test_labels="drawn"), POOL,
+        ConfigError, "test_labels: drawn needs test_examples",
     ),
     "more test examples than published": (
         "iid", PooledConfig(num_clients=2, test_examples=490), POOL, DataError,
