@@ -4,7 +4,13 @@ They stand in the column ``events`` of ``rounds.parquet``: a JSON list of :class
 row. An event of a round that is replayed stands there once, and one that does not come back when
 the round is replayed stands there too. ``clients/faults`` is the sum of their ``num_clients``.
 Events that no row has, of a round that was not finished or of what came after the last one, stand
-in ``summary.json``.
+in ``summary.json``. Until either is written they are in ``events.jsonl``, see ``event_log.py``.
+
+Which events are the same, so that one of them is kept (:attr:`Event.key`): of a client round,
+attempt, kind and client, for the same streams bring the same failure back, on whatever host; of a
+slow host round and host; of a lost host or driver actor round, number, kind, host and cause. A loss
+does not come back. One that reads as a loss that an earlier command or driver actor noted is
+another one, and gets the next number.
 """
 
 from __future__ import annotations
@@ -21,6 +27,9 @@ Outcome = Literal["retried", "left out", "replaced", "restarted", "kept", "abort
 replayed; so was the driver actor; its update was taken all the same; the run ended."""
 NO_HOST = -1
 """Host of an event of the driver actor."""
+
+COUNTS = ("round_index", "attempt", "num_clients", "host")
+TEXTS = ("kind", "cause", "place", "outcome")
 
 
 class Whereabouts(NamedTuple):
@@ -39,7 +48,8 @@ class Whereabouts(NamedTuple):
 class Event(NamedTuple):
     """Something that went wrong in a round, and what was done about it.
 
-    attempt: of the round, from 0; of a lost host the number of losses without progress, from 1.
+    attempt: of the round, from 0; of a lost host the number of losses without progress, from 1,
+    driver actors before this one counted where the rest is the same.
     kind: see ``faults.py``. client_id: None if it was a host with all of its clients. num_clients:
     clients that gave no update because of it. host, place, memory_bytes: as in
     :class:`Whereabouts`.
@@ -57,12 +67,17 @@ class Event(NamedTuple):
     outcome: Outcome
 
     @property
+    def is_loss(self) -> bool:
+        """Whether a host or the driver actor was lost."""
+        return self.client_id is None and self.kind != "slow"
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """The same for the same event of a round that is replayed."""
-        # Whatever was lost does not come back; what a later command loses may have its number.
-        lost = self.client_id is None and self.kind != "slow"
-        why = self.cause if lost else None
-        return (self.round_index, self.attempt, self.kind, self.host, self.client_id, why)
+        # On another number of actors a client has another host.
+        host = self.host if self.client_id is None else None
+        why = self.cause if self.is_loss else None
+        return (self.round_index, self.attempt, self.kind, host, self.client_id, why)
 
 
 class EventBook:
@@ -72,9 +87,12 @@ class EventBook:
         self._events: dict[tuple[Any, ...], Event] = {}
         self._in_rows: set[tuple[Any, ...]] = set()
 
-    def note(self, event: Event) -> None:
-        """Take in what happened now."""
+    def note(self, event: Event) -> Event:
+        """Take in what happened now; the event as it is kept, a loss with a number of its own."""
+        while event.is_loss and event.key in self._events:
+            event = event._replace(attempt=event.attempt + 1)
         self._events[event.key] = event
+        return event
 
     def recall(self, rows: Iterable[Mapping[str, Any]], last_round: int) -> None:
         """Go back to a round: take in what was written of later ones, unless it is known."""
@@ -82,6 +100,10 @@ class EventBook:
         for row in rows:
             event = Event(**row)
             self._events.setdefault(event.key, event)
+
+    def all(self) -> list[Event]:
+        """The events of rounds that may be replayed, and those that no row has."""
+        return list(self._events.values())
 
     def of(self, round_index: int) -> list[Event]:
         """The events of a round, as they happened."""
@@ -102,6 +124,24 @@ class EventBook:
         done = {key for key in self._in_rows if key[0] <= last_round}
         self._in_rows -= done
         self._events = {k: e for k, e in self._events.items() if k not in done}
+
+
+def well_formed(events: Any) -> list[dict[str, Any]]:
+    """Events as they were read, without what a damaged file holds in their place.
+
+    Raises:
+        TypeError: not a list.
+    """
+    return [
+        event
+        for event in events
+        if isinstance(event, dict)
+        and set(event) == set(Event._fields)
+        and all(isinstance(event[name], int) for name in COUNTS)
+        and all(isinstance(event[name], str) for name in TEXTS)
+        and isinstance(event["client_id"], str | None)
+        and isinstance(event["memory_bytes"], int | None)
+    ]
 
 
 def client_failed(

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -26,8 +25,10 @@ from selffl_ray.checkpoint import (
 from selffl_ray.config import ExperimentConfig, to_raw
 from selffl_ray.driver import RoundRecord, Run, evaluate, run_rounds
 from selffl_ray.errors import RunError
+from selffl_ray.event_log import latest
 from selffl_ray.events import Event, EventBook, Outcome, driver_died
-from selffl_ray.experiment import Prepared, write_params
+from selffl_ray.experiment import Prepared
+from selffl_ray.exported_models import write_models
 from selffl_ray.flat import digest
 from selffl_ray.participation import RoundPlan, plan_digest
 from selffl_ray.pool import ClientPool, HostLost, StateLostError
@@ -114,8 +115,12 @@ class RunLoop:
             prepared.evaluation,
             prepared.config.faults,
             prepared.dataset.task,
-            self._events.note,
+            self._note,
         )
+
+    def _note(self, event: Event) -> None:
+        """Take in what went wrong, so that a kill in the next moment does not take it away."""
+        self._writer.event_log.add(self._events.note(event))
 
     def go(self) -> str:
         """Run to the end; the status. Lost hosts are replaced and their rounds replayed.
@@ -148,23 +153,26 @@ class RunLoop:
                 self._note_loss(error, losses)
 
     def _take_over(self) -> None:
-        """Events of an earlier part of the run that no row has, driver actors that died among them.
+        """Events of an earlier part of the run, driver actors that died among them.
 
-        What an actor has noted but not written is lost with it, so the next one is told of all.
+        What an actor has noted is in its log, but not why it died, so the next one is told of all.
         """
-        rows = events_after(self._writer.folder, -1)
-        # A summary is as old as the last orderly end: rows may have its events by now.
-        in_rows = {Event(**row).key for row in rows}
-        unrecorded = [e for e in self._writer.unrecorded if Event(**e).key not in in_rows]
-        self._events.recall(unrecorded, -1)
+        rows, earlier = events_after(self._writer.folder, -1), self._writer.unrecorded
+        done = rounds_done(self._checkpoints)
+        # A summary is as old as the last orderly end, a log as the last checkpoint: rows that stay
+        # may have their events by now.
+        final = {Event(**row).key for row in rows if row["round_index"] < done}
+        again = [row for row in rows if row["round_index"] >= done]
+        more = [row for row in earlier if Event(**row).key not in final]
+        self._events.recall(latest([*again, *more]), -1)
         restart = self._writer.restart
         if restart is None:
             return
-        written = {(row["attempt"], row["cause"]) for row in rows}
-        at = min(rounds_done(self._checkpoints), len(self._prepared.plans) - 1)
+        written = {(row["attempt"], row["cause"]) for row in [*rows, *earlier]}
+        at = min(done, len(self._prepared.plans) - 1)
         for number, cause in (*restart.earlier, (restart.number, restart.cause)):
             if (number, cause) not in written:
-                self._events.note(driver_died(cause, at, number))
+                self._note(driver_died(cause, at, number))
 
     def _note_loss(self, error: StateLostError, losses: int) -> None:
         """Events of lost hosts, in the round in which they were lost, and a warning.
@@ -187,7 +195,7 @@ class RunLoop:
             kept = rounds_done(self._checkpoints) > now
             here = 0 if kept else int((asked == item.host).sum())
             done: Outcome = "aborted" if enough else "replaced"
-            self._events.note(Event(now, losses, item.kind, None, here, item.cause, *where, done))
+            self._note(Event(now, losses, item.kind, None, here, item.cause, *where, done))
             if item.kind == "memory":
                 clients = np.flatnonzero(self._pool.homes == item.host).tolist()
                 renewed = self._run.renewed | {(now, client) for client in clients}
@@ -288,21 +296,23 @@ class RunLoop:
             save_checkpoint(self._checkpoints, counters, record.server, changed, keep)
             self._all_states_next = False
             self._events.forget(record.plan.round_index)
+            self._writer.event_log.keep(self._events.all())
         except OSError as error:
             logger.warning("no checkpoint after round %d: %s", record.plan.round_index, error)
 
     def _export(self, round_index: int, server: Any) -> None:
         """The global model, and the model that each client predicts with."""
-        spec, folder = self._prepared.federation.spec, self._writer.folder / "models"
         params = self._prepared.algorithm.global_params(server)
-        if not isinstance(params, NotAvailable):
-            write_params(folder / "global.safetensors", params, spec)
         everybody = RoundPlan(
             round_index,
             np.arange(len(self._prepared.client_ids), dtype=np.int64),
             self._prepared.config.training.rate(round_index),
         )
         message = self._prepared.algorithm.broadcast(server, everybody)
-        for index, theta in self._pool.personal_models(everybody, message).items():
-            name = quote(self._prepared.client_ids[index], safe="")
-            write_params(folder / "clients" / f"{name}.safetensors", torch.from_numpy(theta), spec)
+        personal = self._pool.personal_models(everybody, message)
+        write_models(
+            self._writer.folder,
+            self._prepared.federation.spec,
+            None if isinstance(params, NotAvailable) else params,
+            {self._prepared.client_ids[i]: torch.from_numpy(m) for i, m in personal.items()},
+        )

@@ -16,7 +16,9 @@ from selffl_ray.config import ExperimentConfig, flatten, parse_config, to_raw, t
 from selffl_ray.driver import RoundRecord
 from selffl_ray.environment import describe_environment, package_version
 from selffl_ray.errors import ConfigError
+from selffl_ray.event_log import EVENTS, EventLog, latest
 from selffl_ray.experiment import Prepared
+from selffl_ray.exported_models import DIGESTS
 from selffl_ray.runtime.placement import PlacementPlan
 from selffl_ray.stopping import seconds_of
 from selffl_ray.tables import (
@@ -36,7 +38,15 @@ logger = logging.getLogger(__name__)
 SCHEDULE = "schedule.json"
 """In the folder of a run whose options may change on its way."""
 FILES = (
-    *("config.yaml", SCHEDULE, "environment.json", "summary.json", "tracking.json"),
+    *(
+        "config.yaml",
+        SCHEDULE,
+        "environment.json",
+        "summary.json",
+        "tracking.json",
+        EVENTS,
+        DIGESTS,
+    ),
     *(f"{name}.parquet" for name in TABLES),
 )
 """What lies in a run's folder, beside its checkpoints and models."""
@@ -115,11 +125,15 @@ class RunWriter:
         config = prepared.config
         self.schedule = job.schedule
         self.restart = job.restart
-        self.unrecorded = events_of_summary(self.folder) if job.resume else []
-        """Events that no row of a round has, for ``summary.json``; at first those of the last."""
+        self.event_log = EventLog(self.folder)
+        self.unrecorded = self._earlier_events() if job.resume else ()
+        """Events that no row of a round has, for ``summary.json``; at first what an earlier part of
+        the run left in it and in the log, some of which rows may have."""
         self.tables = RunTables(self.folder, prepared.client_ids, prepared.dataset.task.score_name)
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_drafts(self.folder, FILES)
+        if not job.resume:
+            self.event_log.keep([])
         write_text(self.folder / "config.yaml", to_yaml(config))
         if self.schedule:
             write_json(self.folder / SCHEDULE, list(self.schedule))
@@ -128,6 +142,9 @@ class RunWriter:
         self._resumes = job.resume
         self._raised: set[str] = set()
         self._full = False
+
+    def _earlier_events(self) -> Sequence[Mapping[str, Any]]:
+        return latest([*events_of_summary(self.folder), *self.event_log.read()])
 
     def _open_tracker(self, job: Job) -> Tracker:
         config, uri = self.prepared.config, job.store
@@ -215,6 +232,8 @@ class RunWriter:
             self.tables.flush()
             summary = self._summary(status, error)
             write_json(self.folder / "summary.json", summary)
+            # Rows and summary have all of them now.
+            self.event_log.keep([])
         except OSError:
             self.tracker.finish("FAILED")
             raise
@@ -245,6 +264,6 @@ class RunWriter:
             "digest": None if newest is None else newest["digest"],
             "error": error,
             "folder": str(self.folder),
-            **({"events": self.unrecorded} if self.unrecorded else {}),
+            **({"events": list(self.unrecorded)} if self.unrecorded else {}),
             **({"schedule": list(self.schedule)} if self.schedule else {}),
         }

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from selffl_ray.driver import RoundRecord
 from selffl_ray.errors import CheckpointError
 from selffl_ray.evaluation import ClientScores
-from selffl_ray.events import Event
+from selffl_ray.events import well_formed
 from selffl_ray.participation import Outcome
 from selffl_ray.whole import write_whole
 
@@ -106,7 +106,7 @@ def events_after(folder: Path, last_round: int) -> list[Mapping[str, Any]]:
         table = pq.read_table(pa.BufferReader((folder / "rounds.parquet").read_bytes()))
         after = table.filter(pc.greater(table["round_index"], last_round))
         texts = after["events"].to_pylist()
-        return [event for text in texts for event in _well_formed(json.loads(text or "[]"))]
+        return [event for text in texts for event in well_formed(json.loads(text or "[]"))]
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException):
         return []
 
@@ -115,21 +115,9 @@ def events_of_summary(folder: Path) -> list[dict[str, Any]]:
     """The ``events`` that an earlier part of the run had no row for; none without a summary."""
     try:
         found = json.loads((folder / "summary.json").read_text())
-        return _well_formed(found.get("events", []))
+        return well_formed(found.get("events", []))
     except (OSError, TypeError, ValueError, AttributeError):
         return []
-
-
-def _well_formed(events: Any) -> list[dict[str, Any]]:
-    """Events, without what a damaged file holds in their place."""
-    counts = ("round_index", "attempt", "num_clients", "host")
-    return [
-        event
-        for event in events
-        if isinstance(event, dict)
-        and set(event) == set(Event._fields)
-        and all(isinstance(event[name], int) for name in counts)
-    ]
 
 
 class RunTables:

@@ -5,11 +5,12 @@ each step that Tune asks for, on client actors of its own in the same placement 
 has done is in its run's folder, so it goes on from there whoever starts it again, and a trial that
 is done is only reported. An actor that goes on with another trial keeps its client actors.
 
-An actor that dies is started again by Tune, in the same Tuner and so with all that a scheduler
-knows, up to ``faults.max_retries`` times. Rounds up to the checkpoint are reported once more, with
-the same values; ASHA decides once for each trial and rung. Tune makes no difference between an
-actor that died and an error that the run raised, which would come again. So such an error is first
-reported as a result, whereupon the trial has no retries left, and raised in the next step.
+An actor that dies, or that Ray's memory monitor ends, is started again by Tune, in the same Tuner
+and so with all that a scheduler knows, up to ``faults.max_retries`` times. Rounds up to the
+checkpoint are reported once more, with the same values; ASHA decides once for each trial and rung.
+Tune makes no difference between an actor that died and an error that the run raised, which would
+come again. So such an error is first reported as a result, whereupon the trial has no retries left,
+and raised in the next step.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from selffl_ray.run_writer import Job, Restart
 from selffl_ray.runtime.cluster import driver_bundle
 from selffl_ray.runtime.driver_actor import cause_of_death
 from selffl_ray.runtime.placement import PlacementPlan
+from selffl_ray.runtime.trial_deaths import memory_deaths_as_deaths
 from selffl_ray.stepped_run import SteppedRun
 from selffl_ray.sweep_folder import deaths
 from selffl_ray.sweep_results import FAILURE, RESTART
@@ -319,7 +321,8 @@ def run_trials(
     _watch = watch
     _retries = {name: _retries_of(spec) for name, spec in specs.items()}
     try:
-        tuner.fit()
+        with memory_deaths_as_deaths():
+            tuner.fit()
     except tune.TuneError as error:
         raise RunError(f"Ray Tune: {' '.join(str(error).split())[:300]}") from error
     finally:

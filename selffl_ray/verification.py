@@ -19,13 +19,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError, safe_open
 
 from selffl_ray.api import Interrupt, run_experiment
 from selffl_ray.checkpoint import check_all_checkpoints, rounds_done
 from selffl_ray.config import load_config
 from selffl_ray.environment import processor
 from selffl_ray.errors import DataError, UsageError
+from selffl_ray.exported_models import check_models
 from selffl_ray.faults import RETRIED
 from selffl_ray.run_loop import Progress
 from selffl_ray.run_writer import check_one_configuration
@@ -188,13 +188,11 @@ def _check_whole(folder: Path, rounds: pd.DataFrame) -> int:
     for name in TABLES:
         _table(folder, name)
     check_all_checkpoints(folder / "checkpoints")
-    for path in sorted((folder / "models").rglob("*.safetensors")):
-        try:
-            # The head is enough to see that it is whole.
-            with safe_open(path, framework="numpy"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise _broken(path, error) from error
+    check_models(
+        folder,
+        f"put it back as the run wrote it, or have all models written anew: selffl run --resume "
+        f"{folder}",
+    )
     return num_rounds
 
 

@@ -25,11 +25,11 @@ LAYERS = {
     "participation registry datasets models estimators stacking",
     2: "algorithms",
     3: "messages updates client_data states host pool events faults driver",
-    4: "runtime tracking checkpoint tables config safe_yaml",
+    4: "runtime tracking checkpoint event_log tables config safe_yaml",
     5: "cli commands console tuning experiment environment run_writer run_loop execution api "
-    "describe doctor estimate verification serving search_space stepped_run sweep sweep_folder "
-    "sweep_mutation sweep_plan sweep_population sweep_progress sweep_results sweep_run "
-    "sweep_scheduler sweep_search __main__ __init__",
+    "describe doctor estimate exported_models verification serving search_space stepped_run sweep "
+    "sweep_folder sweep_mutation sweep_plan sweep_population sweep_progress sweep_results "
+    "sweep_run sweep_scheduler sweep_search __main__ __init__",
 }
 LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts.split()}
 

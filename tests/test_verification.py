@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -107,6 +108,41 @@ def test_a_number_that_was_changed_is_named_with_its_round(folder, name, column)
     said = selffl("verify", str(folder))
     assert_named(said, file)
     assert "of round 1 are not the" in said.err
+
+
+@pytest.mark.parametrize("name", ["global.safetensors", "clients/form-03.safetensors"])
+def test_a_model_in_the_place_of_another_is_named_with_both_digests(folder, name):
+    """A whole file, of the same names and shapes: the model of another client."""
+    file, other = folder / "models" / name, folder / "models" / "clients" / "form-00.safetensors"
+    recorded = json.loads((folder / "models.json").read_text())
+    assert len(recorded) == 15
+    assert recorded[name] == hashlib.sha256(file.read_bytes()).hexdigest()
+    shutil.copyfile(other, file)
+    said = selffl("verify", str(folder))
+    assert_named(said, file)
+    found = recorded["clients/form-00.safetensors"]
+    assert found != recorded[name]
+    assert f"SHA-256 {found}, but " in said.err
+    assert f" has {recorded[name]}; put it back" in said.err
+    # The remedy that is told.
+    assert selffl("run", "--resume", str(folder)).code == 0
+    assert json.loads((folder / "models.json").read_text()) == recorded
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == recorded[name]
+
+
+def test_models_that_have_come_or_gone_are_named(folder):
+    models = folder / "models"
+    one, new = models / "clients" / "form-03.safetensors", models / "clients" / "mine.safetensors"
+    shutil.move(one, new)
+    assert_named(selffl("verify", str(folder)), one)
+    shutil.copyfile(new, one)
+    assert_named(selffl("verify", str(folder)), new)
+    new.unlink()
+    shutil.move(models, folder / "elsewhere")
+    assert_named(selffl("verify", str(folder)), models / "clients" / "form-00.safetensors")
+    shutil.move(folder / "elsewhere", models)
+    (folder / "models.json").unlink()
+    assert_named(selffl("verify", str(folder)), folder / "models.json")
 
 
 def test_rounds_are_missed_by_the_summary_or_by_the_checkpoint(folder):

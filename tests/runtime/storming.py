@@ -17,7 +17,7 @@ from selffl_ray.algorithms.fedavg import FedAvgConfig, fedavg
 from selffl_ray.registry import register_algorithm
 from selffl_ray.trees import map_tree
 
-ONCE = ("killed", "hanging", "starved", "slow")
+ONCE = ("killed", "hanging", "starved", "slow", "raised")
 """Faults of a process or a moment: they strike once. Those of an update come back whenever the
 round is computed."""
 ROOM = 2**29
@@ -82,6 +82,8 @@ def strike_once(kind, note, slow_s):
         os.kill(os.getpid(), signal.SIGSTOP)
     elif kind == "slow":
         time.sleep(slow_s)
+    elif kind == "raised":
+        raise ValueError("the cat sat on the keys")
     else:
         starve()
 

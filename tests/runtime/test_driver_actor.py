@@ -142,6 +142,42 @@ def test_a_driver_actor_that_is_killed_is_started_again_and_the_bits_are_those_o
     assert not any(events.values())
 
 
+@pytest.mark.limit_s(500)
+def test_what_went_wrong_just_before_a_driver_actor_was_killed_stands_in_the_table_once(
+    local_ray, tmp_path
+):
+    """No checkpoint and no table was written by then, and all rounds are done again.
+
+    A host that dies and a client that raises do so once; NaN comes back in the replayed round.
+    """
+    strikes = ["1 form-03 killed", "2 form-05 raised", "2 form-00 diverged"]
+    dying = (
+        *MORTAL,
+        "plugins=[tests.runtime.doomed]",
+        "training.num_rounds=6",
+        "checkpoint.every=6",
+        # In a stack a client that raises is tried once more alone.
+        "placement.stack_size=1",
+        "tracking.enabled=false",
+        f"method={{name: doomed, dies: 3, notes: '{tmp_path}', strikes: {json.dumps(strikes)}}}",
+    )
+    quiet = (*dying, "method.quiet=true", "method.dies=-1", "placement.backend=local")
+    quiet_run = run_experiment(load_config(None, quiet, folder=ROOT), output=tmp_path / "quiet")
+    run = run_experiment(load_config(None, dying, folder=ROOT), output=tmp_path / "run")
+    assert (tmp_path / "dead").exists()
+    assert run.rounds["digest"].tolist() == quiet_run.rounds["digest"].tolist()
+    found = [
+        sorted((e["kind"], e["client_id"], e["outcome"]) for e in json.loads(text))
+        for text in run.rounds["events"]
+    ]
+    assert [(found[0][0][0], found[0][0][2])] == [("driver", "restarted")]
+    assert [(kind, outcome) for kind, _, outcome in found[1]] == [("died", "replaced")]
+    assert ("raised", "form-05", "retried") in found[2]
+    assert ("diverged", "form-00", "left out") in found[2]
+    assert [len(events) for events in found] == [1, 1, 2, 0, 0, 0]
+    assert not (tmp_path / "run" / "events.jsonl").exists()
+
+
 def test_a_driver_actor_that_dies_too_often_ends_the_run_and_what_was_done_is_kept(
     local_ray, tmp_path
 ):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from selffl_ray.config import parse_part
 from selffl_ray.run_loop import Message
@@ -176,6 +177,45 @@ def test_a_trial_whose_actor_dies_too_often_fails_alone_and_says_so(local_ray, t
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["round_1"]
     last = [event for event in seen if isinstance(event, SweepProgress)][-1]
     assert (last.done, last.failed) == (2, 1)
+
+
+@pytest.mark.limit_s(500)
+def test_a_trial_whose_actor_the_memory_monitor_ends_is_one_whose_actor_died(
+    local_ray, tmp_path, monkeypatch
+):
+    """The second dies once and goes on, the third too often and fails alone.
+
+    They are killed, and Ray says of it here what it says when its monitor did it.
+    """
+    said, real = "Task was killed due to the node running low on memory.\nMore of it", local_ray.get
+
+    def get(*given, **more):
+        try:
+            return real(*given, **more)
+        except RayActorError as error:
+            raise OutOfMemoryError(said) from error
+
+    monkeypatch.setattr(local_ray, "get", get)
+    marks, seen = marks_of(tmp_path, "killed", ()), []
+    base = {**LOCAL, "faults": {"max_retries": 1}}
+    sweep = sweep_of({"method.dies": [[], [3], [4, 5]]}, marks, base, concurrent=2)
+    result = run_sweep(sweep, output=tmp_path / "sweep", watch=seen.append)
+    assert result.complete
+    assert sorted(mark.name for mark in marks.iterdir()) == ["3-0", "4-0", "5-0"]
+    rows = result.rows["select"]
+    assert rows["status"].tolist() == ["FINISHED", "FINISHED", "FAILED"]
+    assert rows["error"][2] == (
+        "the driver actor died: Task was killed due to the node running low on memory. More of it; "
+        "that is more often than faults.max_retries, 1, allows"
+    )
+    folders = [tmp_path / "sweep" / "trials" / name for name in rows["trial"]]
+    quiet, once = (pd.read_parquet(f / "rounds.parquet") for f in folders[:2])
+    assert quiet["digest"].tolist() == once["digest"].tolist()
+    (event,) = json.loads(once["events"][2])
+    assert (event["kind"], event["outcome"]) == ("driver", "restarted")
+    assert "low on memory" in event["cause"]
+    assert events_of(folders[0]) == {}
+    assert sum("another one goes on" in text for text in told(seen)) == 2
 
 
 @pytest.mark.limit_s(500)
