@@ -45,4 +45,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"selffl_ray.{_HOMES[name]}"), name)
+    from selffl_ray.importing import uncollected
+
+    with uncollected():
+        home = import_module(f"selffl_ray.{_HOMES[name]}")
+    return getattr(home, name)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn, TypeAlias
 
 from selffl_ray.errors import SelfFLError, UsageError
+from selffl_ray.importing import uncollected
 
 LONGEST_LINE = 2000
 """Characters of a message."""
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         # Imported late: torch and pandas take seconds, and --help needs neither.
-        from selffl_ray import commands
+        with uncollected():
+            from selffl_ray import commands
 
         handler = getattr(commands, options.command)
         status: int = handler(options, commands.Say(out, aside))

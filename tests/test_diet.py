@@ -38,3 +38,30 @@ def test_a_host_that_reads_a_prepared_store_imports_no_heavy_library():
 
 def test_such_a_library_would_be_seen():
     assert imported("import pandas\n" + SCRIPT.format(heavy=HEAVY)) == "pandas"
+
+
+COLLECTIONS = """
+import gc
+
+found = []
+gc.callbacks.append(lambda phase, info: found.append(info["generation"]))
+{imports}
+# Those of the two older generations walk what has stayed so far.
+print(sum(generation > 0 for generation in found), gc.isenabled())
+"""
+
+
+def collections(imports):
+    count, enabled = imported(COLLECTIONS.format(imports=imports)).split()
+    assert enabled == "True"
+    return int(count)
+
+
+def test_the_collector_does_not_walk_torch_while_it_is_imported():
+    guarded = "import selffl_ray.runtime.actors", "from selffl_ray import run_experiment"
+    assert max(map(collections, guarded)) < collections("import torch") / 5
+
+
+def test_a_collector_that_was_off_stays_off():
+    script = "import gc\ngc.disable()\nfrom selffl_ray import run_experiment\nprint(gc.isenabled())"
+    assert imported(script) == "False"

@@ -3,6 +3,10 @@
 Ray reads some settings when it is imported, so they are made before any module here imports it.
 """
 
-from selffl_ray.runtime.cluster import quiet_ray
+from selffl_ray.importing import uncollected
+
+# In a client actor this is the first import of torch.
+with uncollected():
+    from selffl_ray.runtime.cluster import quiet_ray
 
 quiet_ray()
