@@ -17,6 +17,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError
 from selffl_ray.config import parse_part
 from selffl_ray.run_loop import Message
 from selffl_ray.run_writer import Job, Restart
+from selffl_ray.runtime import trial_deaths
 from selffl_ray.sweep import SweepConfig
 from selffl_ray.sweep_folder import note_end
 from selffl_ray.sweep_progress import SweepProgress
@@ -216,6 +217,14 @@ def test_a_trial_whose_actor_the_memory_monitor_ends_is_one_whose_actor_died(
     assert "low on memory" in event["cause"]
     assert events_of(folders[0]) == {}
     assert sum("another one goes on" in text for text in told(seen)) == 2
+
+
+@pytest.mark.parametrize("there", [None, object], ids=["no class", "no method"])
+def test_a_tune_that_is_built_otherwise_is_left_alone_and_said(there, monkeypatch, caplog):
+    monkeypatch.setattr(trial_deaths, "_actor_manager", lambda: there)
+    with trial_deaths.memory_deaths_as_deaths():
+        pass
+    assert "the sweep ends with it (resume it then)" in caplog.text
 
 
 @pytest.mark.limit_s(500)
