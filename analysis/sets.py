@@ -103,8 +103,9 @@ EXPECTED: Mapping[str, tuple[str, Sequence[Figure | Order]]] = {
     ),
     "digits_cnn": (
         "the same support vector machine; the network was taken because FedAvg's model led "
-        "training alone on validation data, by one and three images of 453; the perceptron alone was "
-        "better there than anything of the network (`tune_configs/sets/digits_cnn.yaml`)",
+        "training alone on validation data, by one and three images of 453; on the first of these "
+        "two seeds the perceptron trained alone was better than anything of the network "
+        "(`tune_configs/sets/digits_cnn.yaml`)",
         DIGITS,
     ),
     "watch": (
