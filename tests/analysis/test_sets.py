@@ -1,4 +1,4 @@
-"""The study of seven sets: its files, its table by hand, and tiny real runs of two of the sets."""
+"""The study of seven sets: its files, its table by hand, and tiny real runs of three rows."""
 
 from __future__ import annotations
 
@@ -42,15 +42,40 @@ def cells(line):
 # -- the files ------------------------------------------------------------------------------------
 
 
-def test_every_set_has_a_file_and_every_file_a_set():
+def test_every_row_has_a_file_and_every_file_a_row():
     assert {path.stem for path in sets.FOLDER.glob("*.yaml")} == set(KINDS)
     assert set(EXPECTED) < set(KINDS)
+
+
+def test_eight_rows_are_of_seven_sets_of_which_digits_has_two():
+    data = {name: sets.data_set(name) for name in KINDS}
+    other = {name: own for name, own in data.items() if name != own}
+    assert other == {"digits_cnn": "digits"}
+    assert len(set(data.values())) == 7
+    rows = frame(*(row(name, "fedavg", 0, 0.9, 0.9) for name in KINDS))
+    text = sets.page(rows, [])
+    assert text.startswith("# Seven data sets\n")
+    said = "8 rows, 7 sets: rows of one set differ in the model."
+    assert f"\n\n{said}\n\n" in text
+    assert "rows of one set" not in sets.page(rows[rows["set"] != "digits_cnn"], [])
+
+
+def test_both_rows_of_digits_differ_in_model_rate_and_steps_alone():
+    both = [sets.jobs(name, None, [0]) for name in ("digits", "digits_cnn")]
+    assert EXPECTED["digits"][1] == EXPECTED["digits_cnn"][1]
+    assert [job.label for job in both[0]] == [job.label for job in both[1]]
+    for perceptron, network in zip(*both, strict=True):
+        one, other = perceptron.config, network.config
+        assert (one.model.component.name, other.model.component.name) == ("mlp", "cnn")
+        assert (one.data, one.evaluation) == (other.data, other.evaluation)
+        same = ("num_rounds", "batch_size", "participation_rate")
+        assert all(getattr(one.training, f) == getattr(other.training, f) for f in same)
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_file_runs_its_set_with_three_methods_and_what_is_expected_of_it(name):
     found = sets.jobs(name, None, [3, 4])
-    assert {job.config.data.component.name for job in found} == {name}
+    assert {job.config.data.component.name for job in found} == {sets.data_set(name)}
     labels = list(dict.fromkeys(job.label for job in found))
     assert labels[:3] == ["selffl-two_tap", "fedavg", "local"]
     assert len(found) == 2 * len(labels) == len({job.settings for job in found})
@@ -157,6 +182,34 @@ def test_an_order_is_judged_by_the_differences_within_the_seeds(monkeypatch):
     assert second[2:] == [f"\N{MINUS SIGN}3.0 ± {half}", "**no**"]
 
 
+def test_the_order_of_digits_is_judged_for_each_of_its_rows():
+    better = [row("digits_cnn", *one, settings="c") for one in (
+        ("fedavg", 0, 0.98, 0.98), ("local", 0, 0.6, 0.97))]  # fmt: skip
+    rows = frame(*DIGITS.to_dict("records"), *better)
+    found = [cells(line) for line in sets.expectations_table(rows).splitlines()[2:]]
+    judged = {own[0]: own[2:] for own in found if own[1] == "FedAvg's model above training alone"}
+    assert judged["digits"][1] == "**no**"
+    assert judged["digits_cnn"] == ["+1.0", "yes"]
+
+
+def test_data_are_named_by_set_also_where_a_set_has_two_rows(monkeypatch, tmp_path):
+    for name, data in (("one", "digits"), ("two", "digits"), ("three", "watch")):
+        text = f"experiment: x\nbase:\n  data: {{name: {data}}}\nspace:\n  - method: [fedavg]\n"
+        (tmp_path / f"{name}.yaml").write_text(text)
+    monkeypatch.setattr(sets, "FOLDER", tmp_path)
+    monkeypatch.setattr(sets, "KINDS", dict.fromkeys(("one", "two", "three"), "images"))
+    rows = frame(
+        row("one", "fedavg", 0, 0.9, 0.9, source="given"),
+        row("two", "fedavg", 0, 0.9, 0.9, source="given"),
+        row("three", "fedavg", 0, 0.9, 0.9, data_digest="def"),
+    )
+    text = sets.page(rows, [])
+    assert "Command: `python -m analysis.sets --source digits=FOLDER --seeds 0`" in text
+    assert text.endswith("Data digests:\n- digits: abc\n- watch: def\n")
+    other = frame(*rows.to_dict("records")[:1], row("two", "fedavg", 0, 0, 0, data_digest="xyz"))
+    assert sets.page(other, []).endswith("Data digests:\n- digits: abc, xyz\n")
+
+
 def test_the_page_has_the_command_that_makes_it_without_a_folder_of_this_machine():
     rows = frame(row("fsdd", "fedavg", 1, 0.9, 0.9, source="given"),
                  row("watch", "fedavg", 0, 0.9, 0.9))  # fmt: skip
@@ -241,6 +294,23 @@ def test_two_sets_are_run_into_one_table_and_resumed_where_they_were_left(tiny):
     ]  # fmt: skip
 
 
+def test_a_row_with_a_name_of_its_own_is_run_on_its_set_and_keeps_the_other_rows(tiny):
+    output = tiny / "sets"
+    others = [row(name, "fedavg", 0, 0.9, 0.9, settings=f"{name} of yesterday", source="given")
+              for name in ("digits", "sotu")]  # fmt: skip
+    frame(*others).to_csv(tiny / "sets.csv", index=False)
+    only = ["--sets", "digits_cnn", "--seeds", "0", "--output", str(output), "--resume"]
+    assert sets.main(only) == 0
+    rows = sets.read_rows(output.with_suffix(".csv"))
+    assert rows["set"].tolist() == ["digits", "sotu", *["digits_cnn"] * 4]
+    own = rows[rows["set"] == "digits_cnn"]
+    assert own["model"].unique().tolist() == ["cnn"]
+    assert (own["clients"].iloc[0], own["examples"].iloc[0]) == (14, 1797)
+    table = output.with_suffix(".md").read_text().partition("\n3 rows, 2 sets: ")[0]
+    named = [cells(line)[0] for line in table.splitlines() if line.startswith("| ")]
+    assert named == ["set", "---", "digits", "digits_cnn", "sotu"]
+
+
 def test_a_set_whose_files_are_not_there_is_an_error_with_the_remedy_or_skipped(tiny, capsys):
     common = ["--sets", "digits,sotu", "--seeds", "0", "--output", str(tiny / "sets")]
     assert sets.main(common) == 2
@@ -279,12 +349,14 @@ def test_rows_of_other_seeds_and_sets_are_kept_and_those_of_old_settings_are_not
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sets", "digits,emnist"], "--sets: unknown emnist; there are digits, watch"),
+        (["--sets", "digits,emnist"], "--sets: unknown emnist; there are digits, digits_cnn, "),
         (["--sets", "digits", "--source", "sotu=x"], "SET=FOLDER with one of digits, got 'sotu=x'"),
         (["--source", "sotu"], "--source must be SET=FOLDER .*got 'sotu'"),
         (["--source", "sotu=a", "--source", "sotu=b"], "--source names sotu twice; keep one"),
         (["--seeds", "0,x"], "--seeds must be numbers .*got '0,x'"),
         (["--sets", "digits", "--source", "digits=x"], "this data set reads no files, got"),
+        (["--sets", "digits_cnn", "--source", "digits_cnn=x"], "SET=FOLDER with one of digits, "),
+        (["--sets", "digits_cnn", "--source", "digits=x"], "this data set reads no files, got"),
     ],
 )
 def test_wrong_options_are_refused_in_one_line(arguments, message):
