@@ -207,6 +207,7 @@ class Step:
 
 Direction = Callable[[Any, Tensor, Step], tuple[Any, Tensor]]
 Observe = Callable[[Any, Tensor, Step], Any]
+ExtraGrad = Callable[[Tensor, slice | Tensor], Tensor]
 
 
 class Trained(NamedTuple):
@@ -228,7 +229,7 @@ def local_sgd(
     rate_C: Tensor | float | None = None,
     stream: str = "train",
     trainable: Tensor | None = None,
-    extra_grad: Callable[[Tensor], Tensor] | None = None,
+    extra_grad: ExtraGrad | None = None,
     after_step: Callable[[Tensor], Tensor] | None = None,
     direction: Direction | None = None,
     carry: Any = None,
@@ -245,7 +246,8 @@ def local_sgd(
         stream: name of the batch stream; the same name gives two methods the same batches.
         trainable: (P,) bool; other coordinates keep their values, and their gradient does not
             count when it is clipped. All by default.
-        extra_grad: theta_CP -> (C, P) added to the gradient, for penalties.
+        extra_grad: (theta_AP of the active rows, which rows these are) -> (A, P) added to the
+            gradient, for penalties.
         after_step: theta_CT -> (C, T) replaces the trainable coordinates of the rows after each
             step, for proximal steps.
         direction: (carry, theta_CP, step) -> (carry, gradient of the active rows (A, P)), for
@@ -272,7 +274,7 @@ def local_sgd(
         pick = step.pick
         carry, grad_AP = (direction or _own_gradient)(carry, theta_CP, step)
         if extra_grad is not None:
-            grad_AP += extra_grad(theta_CP)[pick]
+            grad_AP += extra_grad(theta_CP[pick], pick)
         _regularise(config, theta_CP[pick], grad_AP, trainable)
         if velocity_CP is not None:
             grad_AP += velocity_CP[pick] * config.momentum

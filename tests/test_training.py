@@ -310,11 +310,15 @@ def test_extra_grad_is_the_gradient_of_a_penalty_taken_before_clipping():
         pairs = zip(net.parameters(), origin.parameters(), strict=True)
         return mu / 2 * sum(((p - q.detach()) ** 2).sum() for p, q in pairs)
 
-    def pull(theta_CP):
-        return mu * (theta_CP - start)
+    def pull(theta_AP, active):
+        assert torch.equal(torch.arange(4)[active], (steps_C > taken[-1]).nonzero().flatten())
+        assert len(theta_AP) == int((steps_C > taken[-1]).sum())
+        taken.append(taken[-1] + 1)
+        return mu * (theta_AP - start)
 
-    steps_C = torch.tensor(steps)
+    steps_C, taken = torch.tensor(steps), [0]
     trained = local_sgd(stack, start=start, steps_C=steps_C, rate_C=0.2, extra_grad=pull)
+    assert taken[-1] == max(steps)
     assert_rows_equal_plain_loops(stack, trained, start, steps, rates, penalty=penalty)
     free = local_sgd(stack, start=start, steps_C=steps_C, rate_C=0.2)
     held = (trained.params_CP - start).norm()

@@ -129,7 +129,7 @@ def train_own(config: DittoConfig, stack: Stack, start: Tensor, anchor_P: FlatPa
         start=start,
         steps_C=steps_C,
         rate_C=config.personal_rate * stack.learning_rate,
-        extra_grad=lambda theta_CP: (theta_CP - anchor_P).mul_(config.pull),
+        extra_grad=lambda theta_AP, active: (theta_AP - anchor_P).mul_(config.pull),
         observe=observe_tail if config.tail_average else None,
         seen=start_tail(start, stack.num_clients) if config.tail_average else None,
     )

@@ -53,8 +53,8 @@ def fedprox(config: FedProxConfig, federation: Federation) -> Algorithm:
     keeps_own = config.personal_model == "local"
 
     def local_update(shared: Global, per_client: Any, state: Any, stack: Stack) -> Local:
-        def pull(theta_CP: Tensor) -> Tensor:
-            return (theta_CP - shared.params_P).mul_(config.mu)
+        def pull(theta_AP: Tensor, active: slice | Tensor) -> Tensor:
+            return (theta_AP - shared.params_P).mul_(config.mu)
 
         trained = local_sgd(stack, start=shared.params_P, extra_grad=pull)
         own = Own(trained.params_CP.clone()) if keeps_own else state

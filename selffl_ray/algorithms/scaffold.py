@@ -119,7 +119,9 @@ def scaffold(config: ScaffoldConfig, federation: Federation) -> Algorithm:
 def local_update(shared: Server, per_client: Empty, state: Control, stack: Stack) -> Local:
     """Corrected local steps, and the next control of each client."""
     correction_CP = shared.control_P - state.control_CP
-    trained = local_sgd(stack, start=shared.params_P, extra_grad=lambda theta_CP: correction_CP)
+    trained = local_sgd(
+        stack, start=shared.params_P, extra_grad=lambda theta_AP, active: correction_CP[active]
+    )
     delta_CP = trained.params_CP - shared.params_P
     path_C1 = trained.num_steps_C.to(delta_CP).unsqueeze(1) * stack.learning_rate
     # c_i+ - c_i of option II.

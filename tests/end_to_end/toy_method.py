@@ -18,7 +18,7 @@ def toy(config, federation):
     """FedAvg with a pull towards the global model."""
 
     def local_update(shared, per_client, state, stack):
-        pull = lambda theta_CP: config.pull * (theta_CP - shared.params_P)  # noqa: E731
+        pull = lambda theta_AP, active: config.pull * (theta_AP - shared.params_P)  # noqa: E731
         done = local_sgd(stack, start=shared.params_P, extra_grad=pull)
         return Local(state, Upload(done.params_CP), Empty(), done.loss_C, done.num_steps_C)
 
