@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from selffl_ray.algorithms.selffl.config import SelfFLConfig, idle
-from selffl_ray.config import load_config, parse_part, read_yaml
+from selffl_ray.config import load_config, parse_part, read_yaml, to_raw
 from selffl_ray.errors import ConfigError, SelfFLError
 from selffl_ray.evaluation import ClientScores, metric_names, split_metrics
 from selffl_ray.experiment import prepare_experiment
 from selffl_ray.registry import Component, datasets
 from selffl_ray.runtime.placement import Node
-from selffl_ray.sweep import SweepConfig, configurations, load_sweep, references_of, trials
+from selffl_ray.sweep import (
+    SweepConfig,
+    configurations,
+    configure,
+    load_sweep,
+    references_of,
+    trials,
+)
 from selffl_ray.sweep_plan import plan_sweep
 from selffl_ray.tasks import CLASSIFICATION, REGRESSION
 from tests.runtime.placements import different, locally, prepared_with
@@ -401,3 +410,20 @@ def test_every_file_of_tune_configs_can_be_run_as_it_stands(file):
             ]
     else:
         prepare_experiment(load_config(file))
+
+
+def test_the_fashion_comparison_runs_what_its_sweep_could_choose():
+    """The resolved experiments, each of which is a configuration of ``baselines_fashion.yaml``."""
+
+    def experiments(name):
+        sweep = load_sweep(FILES[0].parent / f"{name}.yaml")
+        found = []
+        for one in configurations(sweep, Path.cwd()):
+            config = configure(sweep, one.settings, 0, Path.cwd(), open_test=True)
+            raw = to_raw(replace(config, experiment="one"))
+            found.append(json.dumps(raw, sort_keys=True))
+        return found
+
+    chosen = experiments("compare_fashion")
+    assert len(chosen) == len(set(chosen)) == 4 * 22
+    assert set(chosen) <= set(experiments("baselines_fashion"))
