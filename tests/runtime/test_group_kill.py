@@ -8,6 +8,7 @@ they may still be there.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -128,7 +129,12 @@ def assert_same(folder: Path, other: Path) -> None:
     for name in ("rounds", "clients", "uncertainty"):
         frames = [pd.read_parquet(f / f"{name}.parquet") for f in (folder, other)]
         timed = [c for c in frames[0] if c.startswith("time/") or c.endswith("_s")]
-        pd.testing.assert_frame_equal(*(f.drop(columns=timed) for f in frames))
+        own = [c for c in frames[0] if c == "events"]
+        pd.testing.assert_frame_equal(*(f.drop(columns=[*timed, *own]) for f in frames))
+        # Whoever outlives the client actors by a moment notes their death, and that stays.
+        noted = [event for c in own for text in frames[0][c] for event in json.loads(text)]
+        assert {event["kind"] for event in noted} <= {"died"}
+        assert all(json.loads(text) == [] for c in own for text in frames[1][c])
     assert len(frames[0]["round_index"].unique()) == ROUNDS
     trees = [sorted(str(p.relative_to(f)) for p in f.rglob("*")) for f in (folder, other)]
     assert trees[0] == trees[1]
