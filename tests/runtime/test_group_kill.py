@@ -129,12 +129,15 @@ def assert_same(folder: Path, other: Path) -> None:
     for name in ("rounds", "clients", "uncertainty"):
         frames = [pd.read_parquet(f / f"{name}.parquet") for f in (folder, other)]
         timed = [c for c in frames[0] if c.startswith("time/") or c.endswith("_s")]
-        own = [c for c in frames[0] if c == "events"]
+        own = [c for c in frames[0] if c in ("events", "faults")]
         pd.testing.assert_frame_equal(*(f.drop(columns=[*timed, *own]) for f in frames))
-        # Whoever outlives the client actors by a moment notes their death, and that stays.
-        noted = [event for c in own for text in frames[0][c] for event in json.loads(text)]
-        assert {event["kind"] for event in noted} <= {"died"}
-        assert all(json.loads(text) == [] for c in own for text in frames[1][c])
+    # Whoever outlives the client actors by a moment notes their death, and that stays.
+    rounds = [pd.read_parquet(f / "rounds.parquet") for f in (folder, other)]
+    noted = [json.loads(text) for text in rounds[0]["events"]]
+    assert {event["kind"] for events in noted for event in events} <= {"died"}
+    counts = [sum(event["num_clients"] for event in events) for events in noted]
+    assert rounds[0]["faults"].tolist() == counts
+    assert not rounds[1]["faults"].any()
     assert len(frames[0]["round_index"].unique()) == ROUNDS
     trees = [sorted(str(p.relative_to(f)) for p in f.rglob("*")) for f in (folder, other)]
     assert trees[0] == trees[1]
