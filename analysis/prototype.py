@@ -48,8 +48,8 @@ LEFT_OUT_RATE = 0.03
 NOTE = """Test labels are drawn in the proportions that a client's training labels were drawn in
 (`test_labels: drawn`): so we read the prototype's protocol, whose code is not on record. In the
 proportions of the training labels themselves (`dealt`, the default) the same models of local
-training and FedRep score 2 to 3 points more locally on rot, beyond the tolerance: a client with few
-examples is then tested with the chance that it has learnt. Local training stands here twice: as
+training and FedRep score about 2 points more locally on rot, beyond the tolerance: a client with
+few examples is then tested with the chance that it has learnt. Local training has two variants: as
 chosen by the prototype's rule (rate and number of steps by the sum of both accuracies on seed 100),
 and with 100 steps, the shortest choice of its grid; which one the prototype made is not on record.
 Self-FL rows are single configurations."""
@@ -296,6 +296,12 @@ def read_rows(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=True).fillna({"chosen": ""})
 
 
+def _from_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"takes a whole number from 1, got {text!r}")
+    return int(text)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -304,7 +310,7 @@ def main() -> None:
     parser.add_argument("--scenarios", default=",".join(SCENARIOS))
     parser.add_argument("--output", default="analysis/results/prototype")
     parser.add_argument("--resume", action="store_true", help="keep the rows that OUTPUT.csv has")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at once")
+    parser.add_argument("--processes", type=_from_one, default=os.cpu_count(), help="runs at once")
     parser.add_argument("--every-choice", action="store_true", help="run all choices, choose none")
     options = parser.parse_args()
     every, scenarios = options.every_choice, options.scenarios.split(",")
@@ -315,11 +321,14 @@ def main() -> None:
     ):
         if unknown := set(asked) - set(known):
             parser.error(f"{name}: unknown {sorted(unknown)}; there are {'; '.join(known)}")
+    try:
+        seeds = [int(s) for s in options.seeds.split(",")]
+    except ValueError:
+        parser.error(f"--seeds: takes whole numbers with commas, got {options.seeds!r}")
     path = Path(options.output).with_suffix(".csv")
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = read_rows(path) if options.resume else pd.DataFrame(columns=list(COLUMNS))
     wanted = [v for v in variants() if v.label in labels]
-    seeds = [int(s) for s in options.seeds.split(",")]
     for found in studies(jobs(wanted, scenarios, seeds, rows, every), options.processes):
         rows = pd.concat([rows, pd.DataFrame(found)], ignore_index=True)
         # Of a study that is resumed with more seeds the earlier ones come again.

@@ -17,7 +17,7 @@ import time
 
 import pandas as pd
 
-from benchmarks.command_line import chosen, save
+from benchmarks.command_line import chosen, from_one, save
 from benchmarks.workloads import workload_config
 from selffl_ray import run_experiment
 from selffl_ray.registry import algorithms
@@ -66,7 +66,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--passes", type=from_one, default=3)
     parser.add_argument("--methods", default=None, help="names with commas; all by default")
     parser.add_argument("--output", default=None)
     options = parser.parse_args()

@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import pandas as pd
 
-from benchmarks.command_line import chosen, save
+from benchmarks.command_line import chosen, from_one, save
 from benchmarks.in_process import Bench, total
 from benchmarks.workloads import workload_config
 from selffl_ray.models.base import Model
@@ -45,7 +45,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workloads", default=None, help="with commas; of dense networks")
-    parser.add_argument("--passes", type=int, default=5)
+    parser.add_argument("--passes", type=from_one, default=5)
     parser.add_argument("--output", default=None)
     options = parser.parse_args()
     rows = []

@@ -12,6 +12,13 @@ import pandas as pd
 from selffl_ray.environment import processor
 
 
+def from_one(text: str) -> int:
+    """Type of an option that takes a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"takes a whole number from 1, got {text!r}")
+    return int(text)
+
+
 def chosen(
     parser: argparse.ArgumentParser, flag: str, text: str | None, known: Collection[str]
 ) -> list[str]:

@@ -33,6 +33,7 @@ import pandas as pd
 import psutil
 
 from benchmarks.agreement import apart, findings, largest_difference, load
+from benchmarks.command_line import from_one
 from benchmarks.entries import LOCAL, NAMES, OTHER_MODEL, PEERS, PLAIN, Entry, entries_of, why_not
 from benchmarks.export import workload_of
 from benchmarks.goals import table
@@ -185,7 +186,7 @@ def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("workloads", nargs="+", choices=sorted(WORKLOADS))
-    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--passes", type=from_one, default=3)
     parser.add_argument("--peers", action="store_true", help="pfl and Flower besides")
     parser.add_argument("--peers-python", default=sys.executable, metavar="PATH")
     parser.add_argument("--output", default=None, metavar="FILE.csv")

@@ -30,7 +30,7 @@ from unittest import mock
 import pandas as pd
 
 from benchmarks import scale_memory
-from benchmarks.command_line import chosen, save
+from benchmarks.command_line import chosen, from_one, save
 from benchmarks.in_process import Bench
 from benchmarks.workloads import workload_config
 from selffl_ray import run_experiment, training
@@ -211,7 +211,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parts", default=None, help=f"of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--passes", type=from_one, default=3)
     parser.add_argument("--output", default=None)
     options = parser.parse_args()
     rows = []

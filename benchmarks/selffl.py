@@ -22,7 +22,7 @@ import statistics
 
 import pandas as pd
 
-from benchmarks.command_line import chosen, save
+from benchmarks.command_line import chosen, from_one, save
 from benchmarks.in_process import Bench, Spent, total
 from benchmarks.workloads import workload_config
 from selffl_ray.algorithms.selffl.config import PRESETS, SelfFLConfig
@@ -97,7 +97,7 @@ def one_pass(
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--passes", type=from_one, default=3)
     parser.add_argument("--variants", default=None, help="names with commas; all by default")
     parser.add_argument("--output", default=None)
     options = parser.parse_args()

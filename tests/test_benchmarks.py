@@ -348,6 +348,16 @@ def test_an_unknown_name_is_one_line_that_says_the_known_ones(module, flag, caps
     assert f"{flag}: unknown nosuch; known: " in last
 
 
+@pytest.mark.parametrize("module", ["algorithms", "backward", "rounds", "scale", "selffl"])
+def test_no_passes_at_all_are_refused_in_a_line(module, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [module, "--passes", "0"])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"benchmarks.{module}").main()
+    assert end.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "--passes: takes a whole number from 1, got '0'" in last
+
+
 def test_the_two_backward_passes_are_really_two():
     config = workload_config("W1")
     model = config.model, prepare_experiment(config).dataset.shape

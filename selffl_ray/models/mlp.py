@@ -66,16 +66,11 @@ def dense_spec(names: list[str], widths: tuple[int, ...]) -> ParamSpec:
 
 def dense_stack(leaves: Leaves, hidden: Tensor) -> Tensor:
     """Dense layers with ReLU between them: (C, B, inputs) -> (C, B, outputs)."""
-    weights, biases = leaves[0::2], leaves[1::2]
-    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        if index:
-            hidden = hidden.relu()
-        hidden = torch.baddbmm(bias.unsqueeze(1), hidden, weight)
-    return hidden
+    return dense_forward(leaves, hidden)[0]
 
 
 def dense_forward(leaves: Leaves, x: Tensor) -> tuple[Tensor, PullBack]:
-    """:func:`dense_stack` with a backward pass of its own: the same bits, a fifth less time.
+    """:func:`dense_stack` with a backward pass of its own: the same bits in less time.
 
     The products are those of automatic differentiation, but each is written straight to where the
     gradient shall stand.

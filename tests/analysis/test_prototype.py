@@ -125,3 +125,15 @@ def test_a_resumed_study_runs_the_seeds_that_a_choice_lacks():
     assert prototype.jobs([variant], ["rot"], [0, 1], done, every=False) == []
     ((scenario, same, seeds),) = prototype.jobs([variant], ["rot"], [0, 2], done, every=False)
     assert (scenario, same, seeds) == ("rot", variant, [0, 2])
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--seeds", "0,a"), ("--processes", "0")])
+def test_wrong_numbers_are_one_line(flag, value, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "sys.argv", ["prototype", flag, value, "--output", str(tmp_path / "x" / "y")]
+    )
+    with pytest.raises(SystemExit) as end:
+        prototype.main()
+    assert end.value.code == 2
+    assert value in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "x").exists()
