@@ -192,27 +192,53 @@ _MAGIC = 1.5 * 2.0**52
 # read as an integer, is _BIAS + round(v). Cheaper than a conversion, and rounds to nearest.
 _BIAS = int(np.float64(_MAGIC).view(np.int64))
 
+SUMMED_TOGETHER = 16
+"""Rows of a list that are copied side by side before they are summed."""
 
-def exact_sum(rows: Sequence[Tensor] | Tensor, weights: Sequence[float | Tensor]) -> Tensor:
+
+def exact_sum(rows: Sequence[Tensor] | Tensor, weights: Sequence[float] | Tensor) -> Tensor:
     """Sum of weight * row on the integer grid: (P,) int64.
 
     Args:
-        rows: tensors of shape (P,), finite, |weight * row| < 2**15 (see :func:`representable`).
-        weights: a number for each row, or a (P,) float64 tensor.
+        rows: (C, P) or C tensors of shape (P,), finite, |weight * row| < 2**15 (see
+            :func:`representable`).
+        weights: C numbers, or a tensor (C,), (C, 1) or (C, P).
 
     Returns:
         Integers; add those of other hosts, then :func:`exact_value`.
+
+    Raises:
+        ValueError: there are not as many weights as rows.
     """
+    if len(rows) != len(weights):
+        raise ValueError(f"{len(rows)} rows and {len(weights)} weights")
     first = rows[0]
     total_P = torch.zeros(first.shape, dtype=torch.int64, device=first.device)
-    term_P = torch.empty(first.shape, dtype=torch.float64, device=first.device)
-    for row_P, weight in zip(rows, weights, strict=True):
-        # The grid is a power of two: scaling the weight by it rounds nothing.
-        term_P.copy_(row_P).mul_(weight * (1 / GRID)).add_(_MAGIC)
-        total_P += term_P.view(torch.int64)
-    # Wraps like the additions above did, so the biases cancel exactly.
-    bias = (_BIAS * len(weights) + 2**63) % 2**64 - 2**63
+    # The grid is a power of two: scaling the weights by it rounds nothing.
+    scaled = torch.as_tensor(weights, dtype=torch.float64, device=first.device) / GRID
+    scaled = scaled.reshape(len(rows), -1)
+    for at in range(0, len(rows), SUMMED_TOGETHER):
+        some = rows[at : at + SUMMED_TOGETHER]
+        _add_terms(
+            total_P,
+            some if isinstance(some, Tensor) else torch.stack(tuple(some)),
+            scaled[at : at + SUMMED_TOGETHER],
+        )
+    # Wraps like the additions do, so the biases cancel exactly.
+    bias = (_BIAS * len(rows) + 2**63) % 2**64 - 2**63
     return total_P - bias
+
+
+def _add_terms(total_P: Tensor, rows_CP: Tensor, weight: Tensor) -> None:
+    """Add rounded products with a bias each, by stretches of columns that stay in the cache."""
+    rows, size = rows_CP.shape
+    most = size if rows_CP.device.type != "cpu" else max(1, BLOCK_BYTES // (8 * rows))
+    room = torch.empty((rows, min(most, size)), dtype=torch.float64, device=rows_CP.device)
+    for start in range(0, size, most):
+        part = slice(start, start + most)
+        term = room[:, : min(most, size - start)].copy_(rows_CP[:, part])
+        term.mul_(weight if weight.shape[1] == 1 else weight[:, part]).add_(_MAGIC)
+        total_P[part] += term.view(torch.int64).sum(0)
 
 
 def exact_value(total_P: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 A plain class. ``runtime/actors.py`` puts it into Ray actors, ``pool.py`` runs it in process.
 
 What a round produces is *staged* and becomes the clients' state only when the driver names the
-accepted clients, so a retried, refused or uncounted update never advances a state; a client that is
-asked twice for one round answers from what was staged.
+accepted clients, so a retried, refused or uncounted update never advances a state. A client that is
+asked twice for one round answers from what was staged; where the method needs its payload for
+nothing but means, that was not kept, and it trains again, to the same bits.
 
 Indices are those of the federation: M clients that take part, then the new ones.
 """
@@ -25,9 +26,9 @@ from torch import Tensor
 from selffl_ray import trees
 from selffl_ray.algorithms.base import (
     Algorithm,
+    Empty,
     Gather,
     Local,
-    Mean,
     Personal,
     Total,
     use_global_params,
@@ -56,7 +57,7 @@ from selffl_ray.participation import RoundPlan
 from selffl_ray.registry import algorithms
 from selffl_ray.states import MemoryStates, States, open_states
 from selffl_ray.training import Stack
-from selffl_ray.updates import check_rows, failure_kind, majority, usable_rows
+from selffl_ray.updates import Tally, check_rows, failure_kind, usable_rows
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,16 @@ class _Staged(NamedTuple):
 
     round_index: int
     local: Local
+
+
+class _Asked(NamedTuple):
+    """A round's request: row of each client in ``per_client``, and where the updates go."""
+
+    at: dict[int, int]
+    plan: RoundPlan
+    shared: Any
+    per_client: Any
+    tally: Tally
 
 
 class ClientHost:
@@ -124,25 +135,23 @@ class ClientHost:
         shared = trees.to_tensors(shared_arrays, self.device)
         per_client = trees.to_tensors(request.per_client)
         at = {int(index): row for row, index in enumerate(request.client_index)}
+        tally = Tally(self._algorithm.means, request.client_index, request.mean_shares)
+        asked = _Asked(at, request.plan, shared, per_client, tally)
+        kept = [i for i in at if i in self._staged and self._algorithm.keeps_payloads]
+        for i in kept:
+            tally.add([i], self._staged[i].local)
         failures: list[ClientFailure] = []
-        fresh = [i for i in at if not self._has_staged(i, request.plan.round_index)]
-        for members in self._stacks(fresh):
-            failures += self._train(members, at, request.plan, shared, per_client)
-        answered = [i for i in at if self._has_staged(i, request.plan.round_index)]
-        good, shapes, refused = majority({i: self._staged[i].local for i in answered})
+        for members in self._stacks(at.keys() - kept):
+            failures += self._train(members, asked)
+        good, shapes, totals, refused = tally.majority()
         failures += refused
         locals_ = [self._staged[i].local for i in good]
-        means = []
-        for mean, share in zip(self._means(), request.mean_shares, strict=True):
-            rows = [mean.rows(local.payload)[0] for local in locals_]
-            weights = [float(share[at[i]]) for i in good]
-            means.append(self._sum(rows, weights))
         return LocalAnswer(
             np.asarray(good, np.int64),
             trees.to_arrays(trees.concatenate([loc.report for loc in locals_])) if good else None,
             np.asarray([float(local.loss_C[0]) for local in locals_]),
             np.asarray([int(local.gradients_C[0]) for local in locals_], np.int64),
-            tuple(means),
+            tuple(np.asarray(total.cpu().numpy()) for total in totals),
             tuple(failures),
             shapes,
             time.perf_counter() - began,
@@ -162,8 +171,8 @@ class ClientHost:
             own = total.of == "state"
             tree = self._states[index] if own else self._staged[index].local.payload
             rows.append(total.rows(tree)[0])
-            used.append(weights[at] if total.groups is not None else float(weights[at]))
-        return self._sum(rows, used)
+            used.append(weights[at])
+        return np.asarray(exact_sum(rows, torch.stack(used)).cpu().numpy())
 
     def gather(self, commits: Commits, which: int, accepted: Indices) -> npt.NDArray[Any]:
         """Rows of a Gather of this host's accepted clients, ascending."""
@@ -254,14 +263,6 @@ class ClientHost:
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _means(self) -> list[Mean]:
-        return [r for r in self._algorithm.reductions if isinstance(r, Mean)]
-
-    def _sum(self, rows: list[Tensor], weights: Sequence[Any]) -> npt.NDArray[np.int64]:
-        if not rows:
-            return np.empty(0, np.int64)
-        return np.asarray(exact_sum(rows, weights).cpu().numpy())
-
     def _has_staged(self, index: int, round_index: int) -> bool:
         return index in self._staged and self._staged[index].round_index == round_index
 
@@ -296,38 +297,34 @@ class ClientHost:
         first = self._algorithm.init_client(self._start_P, 1) if unseen else None
         return trees.concatenate([self._states.get(i, first) for i in members])
 
-    def _train(
-        self,
-        members: list[int],
-        at: dict[int, int],
-        plan: RoundPlan,
-        shared: Any,
-        per_client: Any,
-    ) -> list[ClientFailure]:
-        rows = trees.take_rows(per_client, torch.tensor([at[i] for i in members]))
-        stack = self._stack(members, plan)
+    def _train(self, members: list[int], asked: _Asked) -> list[ClientFailure]:
+        """Train a stack, add what can be used to the tally and stage it; the other clients."""
+        rows = trees.take_rows(asked.per_client, torch.tensor([asked.at[i] for i in members]))
+        stack = self._stack(members, asked.plan)
         try:
             before = self._state_rows(members)
-            local = self._algorithm.local_update(shared, rows, before, stack)
+            local = self._algorithm.local_update(asked.shared, rows, before, stack)
             check_rows(local, before, len(members))
         except Exception as error:
             if len(members) > 1:
                 # One client's failure must not take its stack along.
-                alone = [self._train([i], at, plan, shared, per_client) for i in members]
-                return [failure for part in alone for failure in part]
+                return [failure for i in members for failure in self._train([i], asked)]
             logger.warning("client %s failed: %r", stack.client_ids[0], error)
             cause, kind = failure_kind(error)
             return [ClientFailure(members[0], "local_update", cause, kind)]
         good_C = usable_rows(local)
-        failures = []
-        for row, index in enumerate(members):
-            if bool(good_C[row]):
-                one = trees.take_rows(local, slice(row, row + 1))
-                self._staged[index] = _Staged(plan.round_index, one)
-            else:
-                cause = "its update holds NaN, infinity or values of 32768 and more: it diverged"
-                failures.append(ClientFailure(index, "local_update", cause, "diverged"))
-        return failures
+        if not bool(good_C.all()):
+            local = trees.take_rows(local, good_C)
+        good = [i for i, usable in zip(members, good_C.tolist(), strict=True) if usable]
+        asked.tally.add(good, local)
+        if not self._algorithm.keeps_payloads:
+            local = local._replace(payload=Empty())
+        for row, index in enumerate(good):
+            one = trees.take_rows(local, slice(row, row + 1))
+            self._staged[index] = _Staged(asked.plan.round_index, one)
+        cause = "its update holds NaN, infinity or values of 32768 and more: it diverged"
+        bad = sorted(set(members) - set(good))
+        return [ClientFailure(i, "local_update", cause, "diverged") for i in bad]
 
     def _personal(
         self, members: Sequence[int], shared: Any, per_client: Any, stack: Stack

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 
 def stream_key(seed: int, purpose: str, round_index: int = 0, client_id: str = "") -> int:
@@ -36,9 +38,21 @@ def generator(
     Source: Philox is counter-based (Salmon et al. 2011, "Parallel random numbers: as easy as
     1, 2, 3"): any key gives a full-quality stream, and building one costs microseconds.
     """
-    return np.random.Generator(
-        np.random.Philox(key=stream_key(seed, purpose, round_index, client_id))
-    )
+    key = stream_key(seed, purpose, round_index, client_id)
+    words = np.array([key & (2**64 - 1), key >> 64], np.uint64)
+    return np.random.Generator(np.random.Philox(_Key(words)))  # type: ignore[arg-type]
+
+
+class _Key(ISeedSequence):
+    """A key as Philox takes it. ``Philox(key=...)`` asks the system for entropy first, unused."""
+
+    def __init__(self, words: np.ndarray) -> None:
+        self._words = words
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        """The key's two words, which is what Philox asks for."""
+        assert (n_words, dtype) == (2, np.uint64), "Philox takes two words of 64 bits"
+        return self._words
 
 
 def torch_seed(seed: int, purpose: str, round_index: int = 0, client_id: str = "") -> int:

@@ -8,16 +8,17 @@ a wrong one, the driver finds that the server's state would change its shape.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from selffl_ray import trees
-from selffl_ray.algorithms.base import Local
+from selffl_ray.algorithms.base import Indices, Local, Mean
 from selffl_ray.errors import is_lack_of_memory
-from selffl_ray.flat import representable
+from selffl_ray.flat import exact_sum, representable
 from selffl_ray.messages import ClientFailure, FailureKind, LocalAnswer, Shapes
 
 
@@ -52,18 +53,62 @@ def _shapes(tree: Any) -> Shapes:
     return tuple((name, tuple(leaf.shape[1:])) for name, leaf in trees.leaves(tree))
 
 
-def majority(updates: dict[int, Local]) -> tuple[list[int], Shapes | None, list[ClientFailure]]:
-    """Clients whose updates can be added up, their shapes, and a failure of each of the others."""
-    found = {i: _shapes(Upload(u.payload, u.report)) for i, u in updates.items()}
-    if not found:
-        return [], None, []
-    usual = Counter(found.values()).most_common(1)[0][0]
-    failures = [
-        ClientFailure(i, "local_update", shape_cause(shapes, usual), "shape")
-        for i, shapes in found.items()
-        if shapes != usual
-    ]
-    return sorted(i for i in found if found[i] == usual), usual, failures
+class Tally:
+    """Means over a host's updates as they come in, apart by the shapes that these have.
+
+    Updates are added up while they are in the cache, and nobody needs to keep them for that.
+
+    Args:
+        means: what is summed. client_index: everybody who may come in. shares: weights of these
+        clients in each mean.
+    """
+
+    def __init__(
+        self, means: Sequence[Mean], client_index: Indices, shares: Sequence[npt.NDArray[Any]]
+    ) -> None:
+        self._means = means
+        self._at = {int(index): row for row, index in enumerate(client_index)}
+        self._shares = [torch.from_numpy(share) for share in shares]
+        self._members: dict[Shapes, list[int]] = {}
+        self._totals: dict[Shapes, list[Tensor]] = {}
+
+    def add(self, members: Sequence[int], local: Local) -> None:
+        """Usable updates of some clients, a row each; of nobody, perhaps."""
+        if not members:
+            return
+        shapes = _shapes(Upload(local.payload, local.report))
+        at = torch.tensor([self._at[i] for i in members])
+        parts = [
+            exact_sum(mean.rows(local.payload), share[at])
+            for mean, share in zip(self._means, self._shares, strict=True)
+        ]
+        if shapes in self._members:
+            parts = [old + new for old, new in zip(self._totals[shapes], parts, strict=True)]
+        self._members.setdefault(shapes, []).extend(members)
+        self._totals[shapes] = parts
+
+    def majority(self) -> Usual:
+        """The shapes that most clients' updates have, and a failure of each of the others."""
+        if not self._members:
+            return Usual([], None, [torch.empty(0, dtype=torch.int64) for _ in self._means], [])
+        # Of equally many those of the first client, whatever order they trained in.
+        usual = min(self._members, key=lambda s: (-len(self._members[s]), min(self._members[s])))
+        failures = [
+            ClientFailure(i, "local_update", shape_cause(shapes, usual), "shape")
+            for shapes, members in self._members.items()
+            if shapes != usual
+            for i in members
+        ]
+        return Usual(sorted(self._members[usual]), usual, self._totals[usual], failures)
+
+
+class Usual(NamedTuple):
+    """Clients whose updates can be added up, ascending, and their sums on the integer grid."""
+
+    members: list[int]
+    shapes: Shapes | None
+    totals: list[Tensor]
+    failures: list[ClientFailure]
 
 
 def usable_rows(local: Local) -> Tensor:

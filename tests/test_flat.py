@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selffl_ray import flat as flat_module
 from selffl_ray.errors import ModelError
 from selffl_ray.flat import (
     GRID,
@@ -263,15 +264,26 @@ def test_thousands_of_terms_keep_their_sum():
 def test_a_weight_can_differ_by_coordinate():
     rows_CP = rows(4)
     weights_CP = rows(4, seed=1, dtype=torch.float64).abs()
-    value_P = exact_value(exact_sum(rows_CP, list(weights_CP)))
+    value_P = exact_value(exact_sum(rows_CP, weights_CP))
     np.testing.assert_allclose(value_P, (rows_CP * weights_CP).sum(0), rtol=0, atol=4 * GRID)
     by_number = exact_sum(rows_CP, [0.25, 0.5, 0.125, 0.125])
-    columns = [torch.full((18,), w, dtype=torch.float64) for w in (0.25, 0.5, 0.125, 0.125)]
-    assert torch.equal(exact_sum(rows_CP, columns), by_number)
+    weights_C = torch.tensor([0.25, 0.5, 0.125, 0.125], dtype=torch.float64)
+    for same in (weights_C, weights_C[:, None], weights_C[:, None].expand(4, 18)):
+        assert torch.equal(exact_sum(rows_CP, same), by_number)
+
+
+def test_an_exact_sum_is_the_same_in_stretches_of_columns_and_of_rows(monkeypatch):
+    rows_CP = rows(40)
+    weights = np.random.default_rng(0).random(40).tolist()
+    whole = exact_sum(rows_CP, weights)
+    monkeypatch.setattr(flat_module, "BLOCK_BYTES", 8 * 16 * 5)
+    assert torch.equal(exact_sum(rows_CP, weights), whole)
+    monkeypatch.setattr(flat_module, "SUMMED_TOGETHER", 7)
+    assert torch.equal(exact_sum(list(rows_CP), weights), whole)
 
 
 def test_rows_and_weights_must_be_as_many():
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="3 rows and 2 weights"):
         exact_sum(rows(3), [0.5, 0.5])
 
 

@@ -254,6 +254,19 @@ class Algorithm:
     adapt: Callable[[Any, Any, Any, Stack], Any] | None = None
     cautions: tuple[str, ...] = ()
 
+    @property
+    def means(self) -> tuple[Mean, ...]:
+        """The reductions whose weights are known before anybody trains."""
+        return tuple(r for r in self.reductions if isinstance(r, Mean))
+
+    @property
+    def keeps_payloads(self) -> bool:
+        """Whether the server asks for payloads again once all have reported."""
+        return any(
+            isinstance(r, Gather) or (isinstance(r, Total) and r.of == "payload")
+            for r in self.reductions
+        )
+
     def adapted(self, shared: Any, per_client: Any, state: Any, stack: Stack) -> Any:
         """State of clients that were never seen, ready to be personalized."""
         if self.adapt is not None:
