@@ -33,6 +33,7 @@ from selffl_ray.algorithms.base import (
     Total,
     use_global_params,
 )
+from selffl_ray.allocator import keep_freed_memory
 from selffl_ray.client_data import ClientData
 from selffl_ray.datasets.splits import ClientRows
 from selffl_ray.errors import ClientError
@@ -91,6 +92,7 @@ class ClientHost:
     def __init__(self, device: torch.device | None = None) -> None:
         # Two threads give a stack of one other bits, and lose badly to any other load.
         torch.set_num_threads(1)
+        keep_freed_memory()
         self.device = device or torch.device("cpu")
         self._states: States = MemoryStates()
         self._changed: set[int] = set()

@@ -20,7 +20,7 @@ PACKAGE = Path(selffl_ray.__file__).parent
 NAME = PACKAGE.name
 
 LAYERS = {
-    0: "flat folder_lock hierarchy importing numerics seeding errors trees whole",
+    0: "flat folder_lock hierarchy importing allocator numerics seeding errors trees whole",
     1: "tasks training training_config stopping trouble availability gradients evaluation "
     "participation registry datasets models estimators stacking",
     2: "algorithms",
