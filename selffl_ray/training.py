@@ -11,6 +11,7 @@ Shape letters: C clients of a stack, P parameters, B examples of a batch, S step
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -43,8 +44,11 @@ class Rows(NamedTuple):
         """The examples at (C, B) positions within each client's own rows."""
         # Waiting for the copy would have each step wait for the device.
         start_C = self.start_C.to(index_CB.device, non_blocking=True)
-        at = (index_CB + start_C.unsqueeze(1)).flatten()
-        shape = index_CB.shape
+        return self.lying_at(index_CB + start_C.unsqueeze(1))
+
+    def lying_at(self, place_CB: Tensor) -> tuple[Tensor, Tensor]:
+        """The examples at (C, B) positions among those of all clients."""
+        at, shape = place_CB.flatten(), place_CB.shape
         x = self.x.index_select(0, at).view(*shape, *self.x.shape[1:])
         return x, self.y.index_select(0, at).view(*shape, *self.y.shape[1:])
 
@@ -111,6 +115,13 @@ class BatchPlan(NamedTuple):
     num_CS: Tensor
 
 
+class _Batches(NamedTuple):
+    """Batches of all steps as a step wants them: positions among all rows and weights (C, S, B)."""
+
+    place_CSB: Tensor
+    weight_CSB: Tensor
+
+
 def plan_batches(stack: Stack, stream: str, steps_C: Tensor) -> BatchPlan:
     """Draw every batch of a stream beforehand.
 
@@ -150,43 +161,57 @@ def _epochs(
     return padded.reshape(-1, length)[:steps], num.reshape(-1)[:steps]
 
 
+def _batches(stack: Stack, plan: BatchPlan) -> _Batches:
+    """What every step needs of a plan, found at once instead of step by step."""
+    device = plan.index_CSB.device
+    inside_CSB = torch.arange(stack.batch_length, device=device) < plan.num_CS.unsqueeze(2)
+    return _Batches(
+        plan.index_CSB + stack.train.start_C.to(device)[:, None, None],
+        inside_CSB.to(stack.spec.dtype) / plan.num_CS.unsqueeze(2),
+    )
+
+
 class Step:
     """One step of the loop, as callbacks see it.
 
-    index: from 0; active_C: rows that take this step; num_steps_C: steps of each row in all.
+    index: from 0; pick: the rows that take this step; num_steps_C: steps of each row in all.
     """
 
     def __init__(self, stack: Stack, stream: str, steps_C: Tensor) -> None:
         self._stack = stack
         self._stream = stream
-        self._plans: dict[str, BatchPlan] = {}
+        self._batches: dict[str, _Batches] = {}
         self._scratch_CP: Tensor | None = None
+        self._ascending = sorted(steps_C.tolist())
+        self._longest_first = steps_C.tolist() == self._ascending[::-1]
         self.num_steps_C = steps_C
         self.index = 0
-        self.active_C = steps_C > 0
         self.pick: slice | Tensor = slice(None)
         self.loss_A = torch.zeros(0)
 
     def advance(self, index: int) -> None:
         """Go to a step. The active rows are a slice where they come first, else positions."""
         self.index = index
-        self.active_C = self.num_steps_C > index
-        count = int(self.active_C.sum())
-        first = bool(self.active_C[:count].all())
+        # Lists, because operations on tensors of a few numbers would take a tenth of a small step.
+        count = len(self._ascending) - bisect_right(self._ascending, index)
+        first = self._longest_first or bool(self.active_C[:count].all())
         self.pick = slice(0, count) if first else self.active_C.nonzero().flatten()
         self.loss_A = torch.zeros(count, device=self._stack.train.x.device)
+
+    @property
+    def active_C(self) -> Tensor:
+        """Rows that take this step: (C,) bool."""
+        return self.num_steps_C > self.index
 
     def batch(self, stream: str | None = None) -> Batch:
         """This step's batch of the active rows; other names are independent streams."""
         name = stream or self._stream
-        if name not in self._plans:
-            self._plans[name] = plan_batches(self._stack, name, self.num_steps_C)
-        plan, rows = self._plans[name], self._stack.train
-        index_AB, num_A = plan.index_CSB[self.pick, self.index], plan.num_CS[self.pick, self.index]
-        x, y = rows.select(self.pick).take(index_AB)
-        inside = torch.arange(index_AB.shape[1], device=x.device) < num_A.unsqueeze(1)
-        weight = inside.to(self._stack.spec.dtype) / num_A.unsqueeze(1)
-        return Batch(x, y, weight)
+        if name not in self._batches:
+            plan = plan_batches(self._stack, name, self.num_steps_C)
+            self._batches[name] = _batches(self._stack, plan)
+        place_CSB, weight_CSB = self._batches[name]
+        x, y = self._stack.train.lying_at(place_CSB[self.pick, self.index])
+        return Batch(x, y, weight_CSB[self.pick, self.index])
 
     def active_grad(self, theta_CP: Tensor, batch: Batch | None = None) -> Tensor:
         """Mean-loss gradient of the active rows only, (A, P); overwritten by the next call."""
