@@ -1,13 +1,14 @@
-"""Freed memory stays with the process, as far as glibc allows by itself.
+"""Memory that a step frees stays with the process for the next one.
 
 A step takes and frees some megabytes. glibc gives them back to the system whenever more than a
-threshold is free at the end of its heap, and the next step pays for every page anew. The thresholds
-grow with use, to at most these values; a host starts there.
+threshold is free at the end of its heap, and the next step pays for every page anew. glibc raises
+its thresholds with use, up to the values below; a host starts with them.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Numbers of the parameters in glibc's malloc.h."""
@@ -15,12 +16,14 @@ MMAP_BYTES = 32 * 2**20
 """Larger pieces are taken from the system and given back one by one."""
 TRIM_BYTES = 2 * MMAP_BYTES
 """So much may be free at the end of the heap."""
+BY_HAND = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+"""Variables by which glibc takes the same settings."""
 
 
 def keep_freed_memory() -> bool:
-    """Set the thresholds of this process; False where its C library has none."""
+    """Set the thresholds of this process; False where it has none or the user has set them."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
+    if mallopt is None or any(name in os.environ for name in BY_HAND):
         return False
     # One that is set by hand stops both from growing by themselves, so both are set.
     return bool(mallopt(_M_MMAP_THRESHOLD, MMAP_BYTES) and mallopt(_M_TRIM_THRESHOLD, TRIM_BYTES))

@@ -193,11 +193,11 @@ _MAGIC = 1.5 * 2.0**52
 _BIAS = int(np.float64(_MAGIC).view(np.int64))
 
 SUMMED_TOGETHER = 16
-"""Rows of a list that are copied side by side before they are summed."""
+"""Rows that are summed in one go; those of a list are copied side by side first."""
 
 
 def exact_sum(rows: Sequence[Tensor] | Tensor, weights: Sequence[float] | Tensor) -> Tensor:
-    """Sum of weight * row on the integer grid: (P,) int64.
+    """Sum of weight * row on the integer grid: (P,) int64, or of whatever shape a row has.
 
     Args:
         rows: (C, P) or C tensors of shape (P,), finite, |weight * row| < 2**15 (see
@@ -214,16 +214,12 @@ def exact_sum(rows: Sequence[Tensor] | Tensor, weights: Sequence[float] | Tensor
         raise ValueError(f"{len(rows)} rows and {len(weights)} weights")
     first = rows[0]
     total_P = torch.zeros(first.shape, dtype=torch.int64, device=first.device)
-    # The grid is a power of two: scaling the weights by it rounds nothing.
-    scaled = torch.as_tensor(weights, dtype=torch.float64, device=first.device) / GRID
-    scaled = scaled.reshape(len(rows), -1)
+    weight = torch.as_tensor(weights, dtype=torch.float64).reshape(len(rows), -1)
     for at in range(0, len(rows), SUMMED_TOGETHER):
-        some = rows[at : at + SUMMED_TOGETHER]
-        _add_terms(
-            total_P,
-            some if isinstance(some, Tensor) else torch.stack(tuple(some)),
-            scaled[at : at + SUMMED_TOGETHER],
-        )
+        some = slice(at, at + SUMMED_TOGETHER)
+        part = rows[some] if isinstance(rows, Tensor) else torch.stack(tuple(rows[some]))
+        # The grid is a power of two: scaling the weights by it rounds nothing.
+        _add_terms(total_P.view(-1), part.flatten(1), weight[some].to(first.device) / GRID)
     # Wraps like the additions do, so the biases cancel exactly.
     bias = (_BIAS * len(rows) + 2**63) % 2**64 - 2**63
     return total_P - bias
@@ -232,7 +228,7 @@ def exact_sum(rows: Sequence[Tensor] | Tensor, weights: Sequence[float] | Tensor
 def _add_terms(total_P: Tensor, rows_CP: Tensor, weight: Tensor) -> None:
     """Add rounded products with a bias each, by stretches of columns that stay in the cache."""
     rows, size = rows_CP.shape
-    most = size if rows_CP.device.type != "cpu" else max(1, BLOCK_BYTES // (8 * rows))
+    most = max(1, size if rows_CP.device.type != "cpu" else BLOCK_BYTES // (8 * rows))
     room = torch.empty((rows, min(most, size)), dtype=torch.float64, device=rows_CP.device)
     for start in range(0, size, most):
         part = slice(start, start + most)

@@ -165,16 +165,15 @@ class ClientHost:
         self._commit(commits)
         total = self._algorithm.reductions[request.which]
         assert isinstance(total, Total)
-        weights = torch.from_numpy(request.weight)
+        weights = torch.from_numpy(np.array(request.weight))
         if total.groups is not None:
             weights = total.groups.spread(weights)
-        rows, used = [], []
-        for at, index in enumerate(request.client_index.tolist()):
+        rows = []
+        for index in request.client_index.tolist():
             own = total.of == "state"
             tree = self._states[index] if own else self._staged[index].local.payload
             rows.append(total.rows(tree)[0])
-            used.append(weights[at])
-        return np.asarray(exact_sum(rows, torch.stack(used)).cpu().numpy())
+        return np.asarray(exact_sum(rows, weights).cpu().numpy())
 
     def gather(self, commits: Commits, which: int, accepted: Indices) -> npt.NDArray[Any]:
         """Rows of a Gather of this host's accepted clients, ascending."""
@@ -269,7 +268,7 @@ class ClientHost:
         return index in self._staged and self._staged[index].round_index == round_index
 
     def _commit(self, commits: Commits) -> None:
-        """Make the accepted clients' staged states theirs; payloads stay until the next round."""
+        """Make the accepted clients' staged states theirs; the rest stays until the next round."""
         for commit in commits:
             for index in commit.accepted.tolist():
                 assert self._has_staged(index, commit.round_index), "accepted, so it answered"
@@ -300,7 +299,7 @@ class ClientHost:
         return trees.concatenate([self._states.get(i, first) for i in members])
 
     def _train(self, members: list[int], asked: _Asked) -> list[ClientFailure]:
-        """Train a stack, add what can be used to the tally and stage it; the other clients."""
+        """Train a stack, add usable updates to the tally and stage them; failures of the others."""
         rows = trees.take_rows(asked.per_client, torch.tensor([asked.at[i] for i in members]))
         stack = self._stack(members, asked.plan)
         try:

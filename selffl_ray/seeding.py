@@ -44,7 +44,7 @@ def generator(
 
 
 class _Key(ISeedSequence):
-    """A key as Philox takes it. ``Philox(key=...)`` asks the system for entropy first, unused."""
+    """A key as Philox takes it. ``Philox(key=...)`` first asks the system for entropy unused."""
 
     def __init__(self, words: np.ndarray) -> None:
         self._words = words

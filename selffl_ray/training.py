@@ -42,7 +42,7 @@ class Rows(NamedTuple):
 
     def take(self, index_CB: Tensor) -> tuple[Tensor, Tensor]:
         """The examples at (C, B) positions within each client's own rows."""
-        # Waiting for the copy would have each step wait for the device.
+        # Waiting for the copy would have each batch wait for the device.
         start_C = self.start_C.to(index_CB.device, non_blocking=True)
         return self.lying_at(index_CB + start_C.unsqueeze(1))
 

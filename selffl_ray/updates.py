@@ -1,4 +1,4 @@
-"""Which updates can be added up: those that have the clients' rows and one shape.
+"""Adding up updates: those that have the clients' rows and one shape.
 
 Nobody knows beforehand which shape a method's updates have, so the shape that most clients of a
 round have is taken for the right one, first within a host and then among the hosts. If all agree on
@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -54,13 +55,14 @@ def _shapes(tree: Any) -> Shapes:
 
 
 class Tally:
-    """Means over a host's updates as they come in, apart by the shapes that these have.
+    """Sums of a host's updates for the means, as they come in, separately for each shape.
 
     Updates are added up while they are in the cache, and nobody needs to keep them for that.
 
     Args:
-        means: what is summed. client_index: everybody who may come in. shares: weights of these
-        clients in each mean.
+        means: what is summed.
+        client_index: everybody who may come in.
+        shares: weights of these clients in each mean.
     """
 
     def __init__(
@@ -68,9 +70,11 @@ class Tally:
     ) -> None:
         self._means = means
         self._at = {int(index): row for row, index in enumerate(client_index)}
-        self._shares = [torch.from_numpy(share) for share in shares]
+        # Copied, because arrays that came from another process are read-only.
+        self._shares = [torch.from_numpy(np.array(share)) for share in shares]
         self._members: dict[Shapes, list[int]] = {}
         self._totals: dict[Shapes, list[Tensor]] = {}
+        self._errors: dict[Shapes, Exception] = {}
 
     def add(self, members: Sequence[int], local: Local) -> None:
         """Usable updates of some clients, a row each; of nobody, perhaps."""
@@ -78,21 +82,32 @@ class Tally:
             return
         shapes = _shapes(Upload(local.payload, local.report))
         at = torch.tensor([self._at[i] for i in members])
-        parts = [
-            exact_sum(mean.rows(local.payload), share[at])
-            for mean, share in zip(self._means, self._shares, strict=True)
-        ]
-        if shapes in self._members:
-            parts = [old + new for old, new in zip(self._totals[shapes], parts, strict=True)]
         self._members.setdefault(shapes, []).extend(members)
+        try:
+            parts = [
+                exact_sum(mean.rows(local.payload), share[at])
+                for mean, share in zip(self._means, self._shares, strict=True)
+            ]
+        except Exception as error:
+            # Of a shape that is left out in the end nothing has to be possible.
+            self._errors.setdefault(shapes, error)
+            return
+        if shapes in self._totals:
+            parts = [old + new for old, new in zip(self._totals[shapes], parts, strict=True)]
         self._totals[shapes] = parts
 
     def majority(self) -> Usual:
-        """The shapes that most clients' updates have, and a failure of each of the others."""
+        """The shapes that most clients' updates have, and a failure of each of the others.
+
+        Raises:
+            Exception: what came of adding up updates of these shapes.
+        """
         if not self._members:
             return Usual([], None, [torch.empty(0, dtype=torch.int64) for _ in self._means], [])
         # Of equally many those of the first client, whatever order they trained in.
         usual = min(self._members, key=lambda s: (-len(self._members[s]), min(self._members[s])))
+        if usual in self._errors:
+            raise self._errors[usual]
         failures = [
             ClientFailure(i, "local_update", shape_cause(shapes, usual), "shape")
             for shapes, members in self._members.items()

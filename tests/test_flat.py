@@ -282,6 +282,15 @@ def test_an_exact_sum_is_the_same_in_stretches_of_columns_and_of_rows(monkeypatc
     assert torch.equal(exact_sum(list(rows_CP), weights), whole)
 
 
+def test_rows_of_any_shape_are_summed_and_rows_of_nothing_on_any_device():
+    rows_CP, weights = rows(3), [0.2, 0.3, 0.5]
+    whole = exact_sum(rows_CP, weights)
+    assert torch.equal(exact_sum(rows_CP.view(3, 6, 3), weights), whole.view(6, 3))
+    assert torch.equal(exact_sum(list(rows_CP.view(3, 6, 3)), weights), whole.view(6, 3))
+    for device in ("cpu", "meta"):
+        assert exact_sum(torch.zeros(3, 0, device=device), weights).shape == (0,)
+
+
 def test_rows_and_weights_must_be_as_many():
     with pytest.raises(ValueError, match="3 rows and 2 weights"):
         exact_sum(rows(3), [0.5, 0.5])

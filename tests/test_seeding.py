@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -78,6 +79,17 @@ def test_a_stream_does_not_depend_on_what_was_drawn_before():
         first.normal()
         interleaved.append(second.normal())
     np.testing.assert_array_equal(interleaved, alone)
+
+
+@pytest.mark.parametrize(
+    "name", [(0, "batches/train", 3, "a"), (-1, "x"), (2**70, "splits", 9, "")]
+)
+def test_a_stream_is_that_of_philox_with_its_key(name):
+    """The streams of every result on record; the key is given to Philox in a cheaper way."""
+    by_name = np.random.Generator(np.random.Philox(key=stream_key(*name)))
+    ours = generator(*name)
+    assert ours.random(1000).tolist() == by_name.random(1000).tolist()
+    assert ours.permutation(50).tolist() == by_name.permutation(50).tolist()
 
 
 def test_no_global_state_is_read_or_changed():

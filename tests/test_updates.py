@@ -23,6 +23,9 @@ class Payload(NamedTuple):
 
 MEANS = (Mean(lambda p: p.params_CP), Mean(lambda p: p.params_CP[:, :2], "uniform"))
 SHARES = (np.array([0.1, 0.2, 0.3, 0.4]), np.full(4, 0.25))
+for _share in SHARES:
+    # As what comes from another process is.
+    _share.setflags(write=False)
 CLIENTS = np.array([3, 5, 8, 9])
 
 
@@ -57,6 +60,23 @@ def test_whoever_has_another_shape_than_most_is_left_out_by_name():
     (failure,) = found.failures
     assert (failure.client_index, failure.kind) == (5, "shape")
     assert "payload.params_CP has shape (7,), expected (6,)" in failure.cause
+
+
+def test_a_shape_that_cannot_be_summed_takes_nobody_else_along():
+    parts, odd = tally(), updates(1)
+    parts.add([5], odd._replace(payload=Payload(odd.payload.params_CP[:, 0])))
+    parts.add([9, 3, 8], updates(3))
+    found = parts.majority()
+    assert found.members == [3, 8, 9]
+    assert [(f.client_index, f.kind) for f in found.failures] == [(5, "shape")]
+
+
+def test_an_error_in_adding_up_what_most_have_is_raised():
+    parts, odd = tally(), updates(3)
+    parts.add([5, 8, 9], odd._replace(payload=Payload(odd.payload.params_CP[:, 0])))
+    parts.add([3], updates(1))
+    with pytest.raises(IndexError, match="out of range"):
+        parts.majority()
 
 
 @pytest.mark.parametrize("first", [True, False])

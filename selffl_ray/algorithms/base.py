@@ -76,9 +76,9 @@ class Empty(NamedTuple):
 class Local(NamedTuple):
     """What a local update leaves, row by row.
 
-    state: kept by the client for the next round. payload: kept by the host until it is reduced.
-    report: numbers for the server. loss_C: mean training loss. gradients_C: mini-batch gradients
-    computed, the unit of cost.
+    state: kept by the client for the next round. payload: what the reductions read; the host
+    keeps it only if one needs it after all have reported. report: numbers for the server. loss_C:
+    mean training loss. gradients_C: mini-batch gradients computed, the unit of cost.
     """
 
     state: Any

@@ -15,6 +15,9 @@ from selffl_ray.seeding import generator
 
 Rows = npt.NDArray[np.int64]
 
+NO_ROWS: Rows = np.empty(0, np.int64)
+NO_ROWS.setflags(write=False)
+
 
 class ClientRows(NamedTuple):
     """Rows of the store that one client trains, validates and is tested on."""
@@ -120,8 +123,10 @@ def _split(hand: Hand, shares: tuple[float, float, float], seed: int, overlap: i
             f"{list(shares)} none of them is for training; raise the first share"
         )
     val, test = np.concatenate([val, hand.val_rows]), np.concatenate([test, hand.test_rows])
-    # Training rows keep their random order: variance estimates cut chunks from it.
-    return ClientRows(hand.client_id, train, np.sort(val), np.sort(test), hand.quarter_turns)
+    # Training rows keep their random order: variance estimates cut chunks from it. As a part of
+    # `order` they would keep all of it in memory, and an array of nothing takes as much as a client.
+    val, test = (np.sort(part) if len(part) else NO_ROWS for part in (val, test))
+    return ClientRows(hand.client_id, train.copy(), val, test, hand.quarter_turns)
 
 
 def _ends(shares: tuple[float, float, float], count: int) -> Rows:
