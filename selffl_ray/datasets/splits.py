@@ -124,7 +124,7 @@ def _split(hand: Hand, shares: tuple[float, float, float], seed: int, overlap: i
         )
     val, test = np.concatenate([val, hand.val_rows]), np.concatenate([test, hand.test_rows])
     # Training rows keep their random order: variance estimates cut chunks from it. As a part of
-    # `order` they would keep all of it in memory, and an array of nothing takes as much as a client.
+    # `order` they would keep all of it in memory, and arrays of nothing take room too.
     val, test = (np.sort(part) if len(part) else NO_ROWS for part in (val, test))
     return ClientRows(hand.client_id, train.copy(), val, test, hand.quarter_turns)
 
