@@ -6,6 +6,7 @@ Each measurement runs in a process of its own, so that nothing of another is lef
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import math
 import multiprocessing
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+import pyarrow as pa
 import torch
 
 from benchmarks.in_process import run_of
@@ -35,7 +37,8 @@ class Taken(NamedTuple):
     """Bytes and seconds of some rounds of a federation.
 
     peak: most resident memory in the rounds over that before the first; unique: what belongs to the
-    process alone after the last; data: the clients' examples; model: one model's parameters.
+    process alone after the last, without what it has freed and kept; data: the clients' examples;
+    model: one model's parameters.
     """
 
     clients: int
@@ -97,10 +100,19 @@ def _measure(prepared: Prepared, pool: ClientPool, began: float) -> Taken:
     records = run_rounds(run_of(prepared, pool), prepared.algorithm.init(start_P))
     with _peak() as peak:
         seconds = [record.metrics["time/round_s"] for record in records]
+    _give_back_freed_memory()
     unique = psutil.Process().memory_full_info().uss
     count, model = len(prepared.clients), start_P.nbytes
     whole = time.perf_counter() - began
     return Taken(count, peak[0], unique, _data_bytes(prepared), model, seconds[-1], whole)
+
+
+def _give_back_freed_memory() -> None:
+    """Return what the allocators keep for later, where they can; it is no client's."""
+    pa.default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _data_bytes(prepared: Prepared) -> int:
