@@ -140,6 +140,9 @@ class RunTables:
         self._uncertainty: list[pa.Table] = []
         self._participation: list[pa.Table] = []
         self._flushed = time.monotonic()
+        # With its first array pyarrow imports pandas: a quarter of a second of the start, not of a
+        # round.
+        pa.array(self._ids[:0])
 
     def restore(self, last_round: int) -> list[Mapping[str, Any]]:
         """Take over the rows of an earlier part of the run, up to a round (-1: none).

@@ -65,3 +65,27 @@ def test_the_collector_does_not_walk_torch_while_it_is_imported():
 def test_a_collector_that_was_off_stays_off():
     script = "import gc\ngc.disable()\nfrom selffl_ray import run_experiment\nprint(gc.isenabled())"
     assert imported(script) == "False"
+
+
+def test_collections_in_an_actor_pass_over_what_was_imported():
+    script = """
+import gc
+from selffl_ray.runtime.actors import DriverActor
+assert gc.get_freeze_count() == 0
+DriverActor()
+print(gc.get_freeze_count() > 100_000, len(gc.get_objects()) < 1000)
+"""
+    assert imported(script) == "True True"
+
+
+def test_a_round_is_not_the_first_to_import_pandas(tmp_path):
+    """pyarrow does with its first array, so the tables make one before the first round."""
+    script = f"""
+import sys
+from pathlib import Path
+from selffl_ray.tables import RunTables
+before = "pandas" in sys.modules
+RunTables(Path({str(tmp_path)!r}), ["a"], "accuracy")
+print(before, "pandas" in sys.modules)
+"""
+    assert imported(script) == "False True"

@@ -16,6 +16,7 @@ import torch
 
 from selffl_ray.errors import PlacementError, SelfFLError
 from selffl_ray.host import ClientHost
+from selffl_ray.importing import leave_out_of_collections
 from selffl_ray.numerics import be_exact, tf32_is_on
 from selffl_ray.registry import load_plugins
 
@@ -79,6 +80,7 @@ class ClientActor:
             # Raised in a constructor it would reach the driver as a dead actor.
             self._problem = error
         self._host = ClientHost(self._device)
+        leave_out_of_collections()
 
     def describe(self) -> dict[str, Any]:
         """Where this actor lives: node, process, assigned GPUs, device and its memory, numerics.
@@ -144,6 +146,7 @@ class DriverActor:
     def __init__(self) -> None:
         torch.set_num_threads(1)
         self._control = Control()
+        leave_out_of_collections()
 
     def run(self, job: Callable[..., Any], *arguments: Any) -> Any:
         """Run ``job(control, *arguments)`` and return what it returns."""
