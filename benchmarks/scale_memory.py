@@ -6,7 +6,6 @@ Each measurement runs in a process of its own, so that nothing of another is lef
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import math
 import multiprocessing
@@ -24,6 +23,7 @@ import torch
 
 from benchmarks.in_process import run_of
 from selffl_ray import ExperimentConfig, load_config
+from selffl_ray.allocator import give_back_freed_memory
 from selffl_ray.driver import run_rounds
 from selffl_ray.experiment import Prepared, prepare_experiment
 from selffl_ray.host import ClientHost
@@ -100,19 +100,17 @@ def _measure(prepared: Prepared, pool: ClientPool, began: float) -> Taken:
     records = run_rounds(run_of(prepared, pool), prepared.algorithm.init(start_P))
     with _peak() as peak:
         seconds = [record.metrics["time/round_s"] for record in records]
-    _give_back_freed_memory()
+    _empty_allocators()
     unique = psutil.Process().memory_full_info().uss
     count, model = len(prepared.clients), start_P.nbytes
     whole = time.perf_counter() - began
     return Taken(count, peak[0], unique, _data_bytes(prepared), model, seconds[-1], whole)
 
 
-def _give_back_freed_memory() -> None:
+def _empty_allocators() -> None:
     """Return what the allocators keep for later, where they can; it is no client's."""
     pa.default_memory_pool().release_unused()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    give_back_freed_memory()
 
 
 def _data_bytes(prepared: Prepared) -> int:

@@ -1,4 +1,4 @@
-"""Memory that a step frees stays with the process for the next one.
+"""What becomes of freed memory: a step's stays with the process, that of rare work goes back.
 
 A step takes and frees some megabytes. glibc gives them back to the system whenever more than a
 threshold is free at the end of its heap, and the next step pays for every page anew. glibc raises
@@ -27,3 +27,10 @@ def keep_freed_memory() -> bool:
         return False
     # One that is set by hand stops both from growing by themselves, so both are set.
     return bool(mallopt(_M_MMAP_THRESHOLD, MMAP_BYTES) and mallopt(_M_TRIM_THRESHOLD, TRIM_BYTES))
+
+
+def give_back_freed_memory() -> None:
+    """Return to the system what is free in this process, where the C library can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

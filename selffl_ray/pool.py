@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from selffl_ray import trees
-from selffl_ray.algorithms.base import Algorithm, Federation, Weights
+from selffl_ray.algorithms.base import Algorithm, Federation, Mean, Weights
 from selffl_ray.datasets.splits import ClientRows
 from selffl_ray.evaluation import ClientScores, join_scores
 from selffl_ray.events import HostKind, Whereabouts
@@ -234,8 +234,7 @@ class ClientPool:
             index: the clients asked now, all or some of the plan's cohort.
             message: shared, and per-client rows in the order of the plan's cohort.
         """
-        assert self._algorithm is not None, "begin() comes first"
-        means = self._algorithm.means
+        means = self._means()
         shares = [mean_shares(m.by, plan.cohort, federation) for m in means]
         shared = trees.to_arrays(message[0])
         rows = np.searchsorted(plan.cohort, index)
@@ -262,8 +261,7 @@ class ClientPool:
     ) -> list[Tensor]:
         """Weighted means over the accepted clients, float64, one for each Mean."""
         results = []
-        assert self._algorithm is not None, "begin() comes first"
-        means = self._algorithm.means
+        means = self._means()
         rows = np.searchsorted(plan.cohort, answers.accepted)
         for mean, total in zip(means, answers.mean_totals, strict=True):
             share = mean_shares(mean.by, plan.cohort, federation)[rows].sum()
@@ -363,6 +361,10 @@ class ClientPool:
     def close(self) -> None:
         """End the hosts."""
         self.transport.close()
+
+    def _means(self) -> tuple[Mean, ...]:
+        assert self._algorithm is not None, "begin() comes first"
+        return self._algorithm.means
 
 
 def local_pool(num_clients: int, num_hosts: int = 1) -> ClientPool:

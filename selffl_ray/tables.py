@@ -6,7 +6,6 @@ so a reader never sees half a file. Column names are those of the contract.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from selffl_ray.allocator import give_back_freed_memory
 from selffl_ray.driver import RoundRecord
 from selffl_ray.errors import CheckpointError
 from selffl_ray.evaluation import ClientScores
@@ -265,10 +265,7 @@ class RunTables:
 def _give_back() -> None:
     """Return what writing took to the system: each time it is more, and freed pieces would stay."""
     pa.default_memory_pool().release_unused()
-    # Of glibc only.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    give_back_freed_memory()
 
 
 def _nullable(values: np.ndarray, has: np.ndarray) -> pa.Array:

@@ -58,3 +58,21 @@ def test_a_host_asks_for_its_pages_once():
 def test_what_the_user_has_set_stays(monkeypatch, name):
     monkeypatch.setenv(name, "1000000")
     assert not keep_freed_memory()
+
+
+@pytest.mark.skipif(not GLIBC, reason="the C library cannot be asked to")
+def test_what_is_free_goes_back_when_it_is_given():
+    script = """
+import psutil, torch
+from selffl_ray.allocator import give_back_freed_memory, keep_freed_memory
+assert keep_freed_memory()
+blocks = [torch.ones(1_250_000) for _ in range(6)]
+del blocks
+held = psutil.Process().memory_info().rss
+give_back_freed_memory()
+print(held - psutil.Process().memory_info().rss)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    assert int(done.stdout) > 25_000_000
