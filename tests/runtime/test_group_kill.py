@@ -129,7 +129,7 @@ def assert_same(folder: Path, other: Path) -> None:
     for name in ("rounds", "clients", "uncertainty"):
         frames = [pd.read_parquet(f / f"{name}.parquet") for f in (folder, other)]
         timed = [c for c in frames[0] if c.startswith("time/") or c.endswith("_s")]
-        own = [c for c in frames[0] if c in ("events", "faults")]
+        own = [c for c in frames[0] if c in ("events", "faults", "clients/faults")]
         pd.testing.assert_frame_equal(*(f.drop(columns=[*timed, *own]) for f in frames))
     # Whoever outlives the client actors by a moment notes their death, and that stays.
     rounds = [pd.read_parquet(f / "rounds.parquet") for f in (folder, other)]
