@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from benchmarks.export import torch_layout
 from benchmarks.workloads import WORKLOADS, workload_config
 from selffl_ray import ExperimentConfig, run_experiment
+from selffl_ray.importing import leave_out_of_collections
 from selffl_ray.run_loop import Progress
 
 
@@ -58,6 +59,8 @@ def main() -> None:
             model = load_file(Path(folder) / "models" / "global.safetensors")
             np.savez(options.params, allow_pickle=False, **torch_layout(model))
     print(json.dumps(report._asdict()), flush=True)
+    # As the command does at its end.
+    leave_out_of_collections()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from selffl_ray.checkpoint import latest_checkpoint
+from selffl_ray.config import ExperimentConfig
 from selffl_ray.errors import DriverLostError, RunError, SelfFLError, UsageError
 from selffl_ray.experiment import Prepared, fit_stacks, prepare_experiment
 from selffl_ray.folder_lock import only_writer
@@ -25,11 +26,19 @@ logger = logging.getLogger(__name__)
 
 
 def run_jobs(
-    control: Control, jobs: Sequence[Job], plan: PlacementPlan, label: str
+    control: Control,
+    jobs: Sequence[Job],
+    plan: PlacementPlan,
+    label: str,
+    started: Sequence[Any] = (),
 ) -> list[dict[str, Any]]:
-    """Run jobs one after the other on one pool; their summaries."""
+    """Run jobs one after the other on one pool; their summaries.
+
+    Args:
+        started: the first client actors of the plan, if they have been asked for.
+    """
     summaries: list[dict[str, Any]] = []
-    with contextlib.closing(JobRunner()) as runner:
+    with contextlib.closing(JobRunner(started)) as runner:
         for job in jobs:
             summaries.append(_finished(job) or runner.run(control, job, plan, label))
             if control.stopping:
@@ -51,9 +60,13 @@ class JobRunner:
 
     The pool is opened with the first job, and anew when the placement or the number of clients
     changes; the data are dealt anew only when they change.
+
+    Args:
+        started: the first client actors of the first pool, if they have been asked for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, started: Sequence[Any] = ()) -> None:
+        self._started = started
         self._pool: ClientPool | None = None
         self._where: list[dict[str, Any]] = []
         self._opened: tuple[Any, ...] = ()
@@ -86,7 +99,10 @@ class JobRunner:
         wanted = (plan, prepared.config.placement.device, prepared.config.faults.client_timeout_s)
         if self._pool is None or wanted != self._opened:
             self.close()
-            self._pool, self._where = _open_pool(prepared, plan, label, plugin_folder)
+            started, self._started = self._started, ()
+            self._pool, self._where = _open_pool(
+                prepared.config, plan, label, plugin_folder, started
+            )
             self._opened = wanted
         return self._pool
 
@@ -141,20 +157,18 @@ def _newest(writer: RunWriter) -> str:
 
 
 def _open_pool(
-    prepared: Prepared, plan: PlacementPlan, label: str, plugin_folder: str
+    config: ExperimentConfig,
+    plan: PlacementPlan,
+    label: str,
+    plugin_folder: str,
+    started: Sequence[Any],
 ) -> tuple[ClientPool, list[dict[str, Any]]]:
-    config = prepared.config
     if plan.backend == "local":
         return ClientPool(LocalTransport(len(plan.actors)), plan.homes), []
-    from selffl_ray.runtime.ray_pool import RayTransport
+    from selffl_ray.runtime.ray_pool import ActorShell, RayTransport
 
-    transport = RayTransport(
-        plan,
-        config.placement.device,
-        config.faults.client_timeout_s,
-        label,
-        (config.plugins, plugin_folder),
-    )
+    shell = ActorShell(config.placement.device, label, (config.plugins, plugin_folder))
+    transport = RayTransport(plan, shell, config.faults.client_timeout_s, started)
     return ClientPool(transport, plan.homes), transport.where
 
 
@@ -236,20 +250,25 @@ def run_on_ray(
         DriverLostError: it died once more.
     """
     from selffl_ray.runtime.driver_actor import follow
+    from selffl_ray.runtime.ray_pool import ActorShell, first_actors
 
+    config = jobs[0].config()
+    plugins = (config.plugins, jobs[0].plugin_folder)
     died: list[tuple[int, str]] = []
     for count in range(restarts + 1):
         # Another name, because actors of the one that died may take a moment to go.
         name = f"{label}-{count}" if count else label
+        shell = ActorShell(config.placement.device, name, plugins)
         try:
-            done: list[dict[str, Any]] = follow(
-                run_jobs,
-                (jobs, plan, name),
-                plan=plan,
-                label=name,
-                watch=watch,
-                interrupted=interrupted,
-            )
+            with first_actors(plan, shell) as started:
+                done: list[dict[str, Any]] = follow(
+                    run_jobs,
+                    (jobs, plan, name, started),
+                    plan=plan,
+                    label=name,
+                    watch=watch,
+                    interrupted=interrupted,
+                )
         except DriverLostError as error:
             if count == restarts or interrupted():
                 raise

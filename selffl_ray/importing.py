@@ -30,6 +30,7 @@ def leave_out_of_collections() -> None:
     """Have the garbage collector pass over all that is there now, in a process of our own.
 
     A round of many clients makes enough objects for a full collection every few rounds, each of
-    which would look through some hundred thousand objects of torch and Ray that stay anyway.
+    which would look through some hundred thousand objects of torch and Ray that stay anyway. So
+    would the collections with which the interpreter ends.
     """
     gc.freeze()

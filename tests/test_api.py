@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -34,7 +35,7 @@ from selffl_ray.pool import HostLost, LocalTransport
 from selffl_ray.registry import Component
 from selffl_ray.run_loop import Message, Progress
 from selffl_ray.run_writer import Job, Restart
-from selffl_ray.runtime import driver_actor
+from selffl_ray.runtime import driver_actor, ray_pool
 from selffl_ray.runtime.actors import Control
 from selffl_ray.runtime.placement import ActorPlan, PlacementPlan
 from selffl_ray.verification import verify_run
@@ -657,6 +658,7 @@ def test_a_driver_actor_is_told_of_all_that_died_before_it(tmp_path, monkeypatch
         return []
 
     monkeypatch.setattr(driver_actor, "follow", follow)
+    monkeypatch.setattr(ray_pool, "first_actors", lambda *given: contextlib.nullcontext([]))
     job = make_job(config(SMALL), tmp_path, resume=True)
     execution.run_on_ray([job], TWO_HOSTS, "test", lambda e: None, lambda: False, restarts=2)
     assert [one.restart for one in asked] == [

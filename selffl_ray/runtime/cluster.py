@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,13 @@ SHARED_S = 60.0
 """Longest wait for a machine to say whether it sees a folder."""
 PIN = 0.001
 """Share of a machine's own resource that pins an actor to it: room for a thousand."""
+UNUSED_HELPERS = (
+    "_private/log_monitor.py",
+    "autoscaler/_private/monitor.py",
+    "autoscaler/v2/monitor.py",
+    "dashboard/dashboard.py",
+)
+"""Scripts of Ray's that a Ray of our own without a dashboard does not need once it is up."""
 REACH_S = 10.0
 """Longest wait for a cluster's port to open; Ray itself would try for many minutes."""
 
@@ -55,7 +62,7 @@ class Cluster:
     dashboard: str | None
 
 
-@contextmanager
+@contextlib.contextmanager
 def cluster(*, dashboard: bool = False) -> Iterator[Cluster]:
     """A Ray to run in: a connection that exists, RAY_ADDRESS, or one of our own on loopback.
 
@@ -90,12 +97,34 @@ def cluster(*, dashboard: bool = False) -> Iterator[Cluster]:
         context = ray.init(
             address="local", _node_ip_address=LOOPBACK, include_dashboard=dashboard, **common
         )
+        if not dashboard:
+            _end_unused_helpers()
     try:
         _check_loopback(ours=not address)
         yield Cluster(_nodes(), ours=not address, dashboard=context.dashboard_url or None)
     finally:
         # Disconnects from a cluster that was there before, and ends one of our own.
         ray.shutdown()
+
+
+def _end_unused_helpers() -> None:
+    """End what ``ray.init`` starts for a cluster that nobody looks at, and cannot be told to leave.
+
+    The autoscaler of a cluster of one fixed machine, the reader of logs that nobody wants on the
+    terminal, and the dashboard's process without a dashboard, which could only send usage reports:
+    together some 190 MB. The autoscaler also delays the end by a second, for it does not listen
+    to SIGTERM once the GCS is gone.
+    """
+    import ray
+
+    if os.environ.get("RAY_USAGE_STATS_ENABLED") != "0":
+        return
+    scripts = {str(Path(ray.__file__).parent / name) for name in UNUSED_HELPERS}
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if scripts.intersection(child.cmdline()):
+                child.kill()
+                child.wait()
 
 
 def _check_loopback(*, ours: bool) -> None:

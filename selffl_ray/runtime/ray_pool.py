@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from selffl_ray.errors import PlacementError, RunError, SelfFLError
-from selffl_ray.pool import ClientPool, HostLost, StateLostError
+from selffl_ray.pool import HostLost, StateLostError
 from selffl_ray.runtime.actors import ClientActor
 from selffl_ray.runtime.cluster import await_nodes
 from selffl_ray.runtime.placement import ActorPlan, PlacementPlan
@@ -25,37 +26,77 @@ SETUP = frozenset({"load", "begin"})
 """Methods that get an actor ready."""
 
 
+class ActorShell(NamedTuple):
+    """What client actors have in common.
+
+    device: ``placement.device``; label: prefix of the actors' names on the dashboard; plugins:
+    modules of the user's, and the folder that they may lie in.
+    """
+
+    device: str
+    label: str
+    plugins: tuple[Sequence[str], str]
+
+    def create(self, actor: ActorPlan, name: str) -> ActorHandle[Any]:
+        """An actor that is asked for; it may take a while to start."""
+        remote: Any = ray.remote(ClientActor)
+        handle: ActorHandle[Any] = remote.options(
+            num_cpus=actor.cpus,
+            num_gpus=actor.gpus,
+            name=f"{self.label}-clients-{name}",
+            max_restarts=0,
+            max_task_retries=0,
+        ).remote(actor.gpus, self.device, self.plugins)
+        return handle
+
+
+@contextmanager
+def first_actors(plan: PlacementPlan, shell: ActorShell) -> Iterator[list[ActorHandle[Any]]]:
+    """The first wave of a plan's client actors, in host order: asked for, but not waited for.
+
+    They import torch beside the driver actor, which is to use them. They end with the block.
+    """
+    first = plan.actors[: _wave()]
+    actors = [shell.create(actor, f"{host:04d}-0") for host, actor in enumerate(first)]
+    try:
+        yield actors
+    finally:
+        for actor in actors:
+            ray.kill(actor, no_restart=True)
+
+
+def _wave() -> int:
+    """Imports of torch compete for the cores: more at once only makes each of them late."""
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return max(2, 2 * int(resources.get("CPU", 1)))
+
+
 class RayTransport:
     """Client actors by placement plan.
 
     Args:
         plan: actors and their shares.
-        device: ``placement.device``.
+        shell: the rest of what an actor is made from.
         timeout_s: longest wait for an answer of an actor that is ready; whoever is silent longer is
             ended and lost.
-        label: prefix of the actors' names on the dashboard.
-        plugins: modules of the user's, and the folder that they may lie in.
+        started: the first ones of the plan, where somebody has asked for them already.
     """
 
     def __init__(
         self,
         plan: PlacementPlan,
-        device: str,
+        shell: ActorShell,
         timeout_s: float,
-        label: str,
-        plugins: tuple[Sequence[str], str],
+        started: Sequence[ActorHandle[Any]] = (),
     ) -> None:
         self._plan = plan
-        self._wanted = device
+        self._shell = shell
         self._timeout_s = timeout_s
-        self._label = label
-        self._plugins = plugins
-        self._actors: list[ActorHandle[Any] | None] = [None] * len(plan.actors)
+        later = len(plan.actors) - len(started)
+        self._actors: list[ActorHandle[Any] | None] = [*started, *[None] * later]
         self._births = 0
         self.where: list[dict[str, Any]] = [{} for _ in plan.actors]
-        # Imports of torch compete for the cores: more at once only makes each of them late.
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        wave = max(2, 2 * int(resources.get("CPU", 1)))
+        wave = _wave()
         for start in range(0, len(plan.actors), wave):
             lost = self._start(range(start, min(start + wave, len(plan.actors))))
             if lost:
@@ -70,29 +111,17 @@ class RayTransport:
         return len(self._actors)
 
     def _start(self, hosts: range | list[int]) -> list[HostLost]:
-        """Actors for these hosts; those that did not come up."""
+        """Actors for these hosts where there are none; those that did not come up."""
         for host in hosts:
-            self._actors[host] = self._create(host, self._plan.actors[host])
+            if self._actors[host] is None:
+                self._births += 1
+                name = f"{host:04d}-{self._births}"
+                self._actors[host] = self._shell.create(self._plan.actors[host], name)
         answers = self._wait({h: self._actor(h).describe.remote() for h in hosts}, START_TIMEOUT_S)
         lost = [answer for answer in answers.values() if isinstance(answer, HostLost)]
         for host in set(answers) - {item.host for item in lost}:
             self.where[host] = answers[host]
         return lost
-
-    def _create(self, host: int, actor: ActorPlan) -> ActorHandle[Any]:
-        self._births += 1
-        options = {
-            "num_cpus": actor.cpus,
-            "num_gpus": actor.gpus,
-            "name": f"{self._label}-clients-{host:04d}-{self._births}",
-            "max_restarts": 0,
-            "max_task_retries": 0,
-        }
-        remote: Any = ray.remote(ClientActor)
-        handle: ActorHandle[Any] = remote.options(**options).remote(
-            actor.gpus, self._wanted, self._plugins
-        )
-        return handle
 
     def _actor(self, host: int) -> ActorHandle[Any]:
         actor = self._actors[host]
@@ -146,6 +175,7 @@ class RayTransport:
             old = self._actors[host]
             if old is not None:
                 ray.kill(old, no_restart=True)
+            self._actors[host] = None
         await_nodes({self.where[host]["node"] for host in hosts if self.where[host]})
         lost = self._start(list(hosts))
         if lost:
@@ -161,15 +191,3 @@ class RayTransport:
         for actor in self._actors:
             if actor is not None:
                 ray.kill(actor, no_restart=True)
-
-
-def ray_pool(
-    plan: PlacementPlan,
-    device: str,
-    timeout_s: float,
-    label: str,
-    plugins: tuple[Sequence[str], str],
-) -> ClientPool:
-    """A pool of client actors, all of them started."""
-    transport = RayTransport(plan, device, timeout_s, label, plugins)
-    return ClientPool(transport, plan.homes)

@@ -227,6 +227,30 @@ def test_the_doctor_lists_the_nodes_that_are_alive_and_those_that_are_gone(sandb
     assert large == f"{at} alive, 2 CPUs, 1 GPUs, {size(3 * 2**30)} for actors"
 
 
+HELPERS = """
+from selffl_ray.runtime.cluster import cluster
+import psutil
+import ray
+
+with cluster(dashboard={dashboard}) as here:
+    for process in psutil.Process().children():
+        print(process.name() if process.status() == "zombie" else " ".join(process.cmdline()))
+    assert ray.get(ray.remote(lambda: 7).remote()) == 7
+"""
+
+
+@pytest.mark.parametrize("dashboard", [False, True])
+def test_helpers_of_ray_that_nobody_needs_are_ended_once_it_is_up(sandbox, dashboard):
+    ours = [*(sys.executable, "-c"), HELPERS.format(dashboard=dashboard)]
+    process = sandbox.start(*ours)
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 0, err
+    assert "raylet" in out
+    for script in ("log_monitor.py", "_private/monitor.py", "dashboard.py"):
+        assert (f"{script} " in out) == dashboard, script
+    assert sandbox.all_gone(within_s=15), sandbox.alive()
+
+
 def test_a_ray_of_our_own_is_gone_when_the_command_ends(sandbox):
     process = sandbox.start(
         *(sys.executable, "-m", "selffl_ray", *RUN, f"--output={sandbox.folder / 'run'}")

@@ -16,7 +16,7 @@ from selffl_ray.config import load_config
 from selffl_ray.pool import ClientPool
 from selffl_ray.registry import Component
 from selffl_ray.runtime.cluster import cluster
-from selffl_ray.runtime.ray_pool import RayTransport
+from selffl_ray.runtime.ray_pool import ActorShell, RayTransport
 from tests.runtime.placements import different, locally, moved, outcome, prepared_with
 
 pytestmark = pytest.mark.ray
@@ -58,7 +58,7 @@ def test_actors_leave_the_bits_of_one_process(local_ray, references, clients_per
     with cluster() as here:
         plan = placement_of(first, here.nodes)
     assert len(plan.actors) == math.ceil(14 / clients_per_actor)
-    transport = RayTransport(plan, "auto", 60, f"digests-{clients_per_actor}", ((), ""))
+    transport = RayTransport(plan, ActorShell("auto", f"digests-{clients_per_actor}", ((), "")), 60)
     pool = ClientPool(transport, plan.homes)
     try:
         for (name, method), reference in references.items():

@@ -272,7 +272,8 @@ def test_ctrl_c_ends_a_run_on_its_own_ray_cleanly(tmp_path):
     )
     try:
         assert "round 10/5000" in process.stderr.readline()
-        assert len(box.alive()) > 5
+        # The command, GCS, raylet, driver actor, client actor; not all of Ray's carry our mark.
+        assert len(box.alive()) >= 5
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 130

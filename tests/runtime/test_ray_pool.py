@@ -14,8 +14,9 @@ import torch
 from selffl_ray import api
 from selffl_ray.config import load_config
 from selffl_ray.errors import PlacementError, RunError
+from selffl_ray.run_loop import Progress
 from selffl_ray.runtime.placement import ActorPlan, PlacementPlan
-from selffl_ray.runtime.ray_pool import RayTransport
+from selffl_ray.runtime.ray_pool import ActorShell, RayTransport, first_actors
 from tests.runtime.saboteur import Saboteur, actors_of, run
 
 pytestmark = pytest.mark.ray
@@ -46,7 +47,9 @@ def plan_of(*actors):
 
 
 def test_actors_have_readable_names_and_one_math_thread(local_ray):
-    transport = RayTransport(plan_of((0.3, 0), (1.5, 0)), "auto", 60, "readable", ((), ""))
+    transport = RayTransport(
+        plan_of((0.3, 0), (1.5, 0)), ActorShell("auto", "readable", ((), "")), 60
+    )
     try:
         names = sorted(n for n in local_ray.util.list_named_actors() if n.startswith("readable"))
         assert names == ["readable-clients-0000-1", "readable-clients-0001-2"]
@@ -56,6 +59,33 @@ def test_actors_have_readable_names_and_one_math_thread(local_ray):
         assert local_ray.get(threads, timeout=60) == [1, 1]
     finally:
         transport.close()
+
+
+def test_actors_that_were_asked_for_before_are_the_first_of_the_plan(local_ray):
+    plan, shell = plan_of((0.3, 0), (0.4, 0)), ActorShell("auto", "before", ((), ""))
+    with first_actors(plan, shell) as started:
+        pids = [local_ray.get(actor.describe.remote(), timeout=60)["pid"] for actor in started]
+        transport = RayTransport(plan, shell, 60, started[:1])
+        assert transport.where[0]["pid"] == pids[0]
+        assert transport.where[1]["pid"] not in pids
+        transport.restart([0])
+        assert transport.where[0]["pid"] not in pids
+        transport.close()
+    psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=30)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_a_run_uses_the_actors_that_started_beside_its_driver_actor(local_ray, tmp_path):
+    seen = []
+
+    def watch(event):
+        if isinstance(event, Progress):
+            seen.append(sorted(local_ray.util.list_named_actors()))
+
+    settings = (*GAUSSIAN, "placement.clients_per_actor=4", "training.num_rounds=200")
+    api.run_experiment(load_config(None, settings), output=tmp_path / "run", watch=watch)
+    names = [name.partition("-clients-")[2] for name in seen[0] if "-clients-" in name]
+    assert names == ["0000-0", "0001-0"]
 
 
 def num_threads(actor):
