@@ -25,6 +25,7 @@ LOOKING = 0.03
 TIMEOUT_S = 900.0
 LEAVE_S = 20.0
 """Longest wait for what an entry leaves behind, before it is ended: the next one must be alone."""
+LEFT_OUT = ("RAY_ADDRESS", "PYTHONDONTWRITEBYTECODE")
 SHOWN = 600
 """Characters of a failed entry's last words."""
 
@@ -164,5 +165,8 @@ def _started(pid: int) -> int | None:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment with more, without a Ray that others started."""
-    return {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | more
+    """This process's environment with more, without a Ray that others started.
+
+    And with byte code kept, as everywhere but on a machine that forbids it: peers come compiled.
+    """
+    return {k: v for k, v in os.environ.items() if k not in LEFT_OUT} | more
