@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from selffl_ray.errors import ConfigError
 from selffl_ray.flat import ParamSpec
 from selffl_ray.gradients import Height, RowEngine
 from selffl_ray.models.base import Model, lift
@@ -183,28 +184,96 @@ def test_the_backward_pass_of_dense_networks_has_the_bits_of_automatic_different
 ):
     """Also of a row that diverged: NaN must stay where it was."""
     own = built("mlp", MLPConfig(hidden=tuple(widths)), DataShape((inputs,), 4))
-    assert own.forward is not None
-    theta_CP, x, y, weight = made_up(own, rows, batch)
+    theta_CP, *batches = made_up(own, rows, batch)
     if broken:
         theta_CP[0, 3] = float("nan")
-    found = engine_of(own).loss_and_grad(theta_CP, x, y, weight)
-    expected = engine_of(dataclasses.replace(own, forward=None)).loss_and_grad(
-        theta_CP, x, y, weight
-    )
+    assert_bits_of_autograd(own, theta_CP, *batches)
+
+
+def assert_bits_of_autograd(own, *arguments):
+    assert own.forward is not None
+    found = engine_of(own).loss_and_grad(*arguments)
+    expected = engine_of(dataclasses.replace(own, forward=None)).loss_and_grad(*arguments)
     for one, other in zip(found, expected, strict=True):
         assert np.array_equal(one.numpy(), other.numpy(), equal_nan=True)
 
 
-def test_a_layer_of_one_unit_is_left_to_automatic_differentiation():
+@settings(max_examples=60)
+@given(
+    channels=st.lists(st.integers(2, 6), min_size=1, max_size=2),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    padding=st.integers(0, 1),
+    pool=st.integers(1, 3),
+    hidden=st.lists(st.integers(2, 9), max_size=1),
+    image=st.tuples(st.integers(1, 3), st.integers(9, 20), st.integers(9, 20)),
+    batch=st.integers(1, 20),
+    flat=st.booleans(),
+    broken=st.booleans(),
+)
+def test_the_backward_pass_of_convolutions_has_the_bits_of_automatic_differentiation(
+    channels, kernel, stride, padding, pool, hidden, image, batch, flat, broken
+):
+    """Also where equal numbers meet in a window, as in the flat background of an image."""
+    options = CNNConfig(
+        channels=tuple(channels),
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        pool=pool,
+        hidden=tuple(hidden),
+    )
+    try:
+        own = built("cnn", options, DataShape(image, 4))
+    except ConfigError:
+        # Nothing is left of the image.
+        reject()
+    assume(own.forward is not None)
+    theta_CP, x, y, weight = made_up(own, 2, batch)
+    if flat:
+        x = (x > 1).float()
+    if broken:
+        # Such a row is left out, whatever its other numbers are.
+        theta_CP[0, 0] = float("nan")
+        loss_C, grad_CP = engine_of(own).loss_and_grad(theta_CP, x, y, weight)
+        assert loss_C[0].isnan()
+        assert grad_CP[0].isnan().any()
+        theta_CP, x, y, weight = theta_CP[1:], x[1:], y[1:], weight[1:]
+        assert torch.equal(grad_CP[1:], engine_of(own).loss_and_grad(theta_CP, x, y, weight)[1])
+    assert_bits_of_autograd(own, theta_CP, x, y, weight)
+
+
+def test_the_first_of_equal_numbers_in_a_window_gets_the_whole_gradient():
+    """One kernel of one weight over a constant image: every window holds equal numbers."""
+    options = CNNConfig(channels=(2,), kernel=1, pool=2, hidden=())
+    model = built("cnn", options, DataShape((1, 4, 4), 2))
+    assert model.forward is not None
+    theta_CP, x, y, weight = made_up(model, 1, 1)
+    leaves = model.spec.named(theta_CP[0])
+    leaves["conv0.weight"][:], leaves["conv0.bias"][:], x[:] = 1.0, 0.0, 1.0
+    _, grad_CP = engine_of(model).loss_and_grad(theta_CP, x, y, weight)
+    outputs = (torch.ones(8) @ leaves["output.weight"] + leaves["output.bias"]).softmax(0)
+    outputs[y[0, 0]] -= 1
+    # Each of a channel's four windows passes on its gradient once.
+    expected = (leaves["output.weight"] @ outputs).reshape(2, 4).sum(1)
+    found = model.spec.named(grad_CP[0])["conv0.weight"].flatten()
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_layer_of_one_unit_or_channel_is_left_to_automatic_differentiation():
     """Its products' bits depend on how the result lies in memory."""
     assert built("mlp", MLPConfig(hidden=(1,))).forward is None
     assert built("mlp", MLPConfig(), DataShape((1,), 4)).forward is None
     assert built("mlp", MLPConfig(), DataShape((9,), 1)).forward is None
+    for one in (CNNConfig(hidden=(1,)), CNNConfig(channels=(1, 2))):
+        assert built("cnn", one, DataShape((1, 28, 28), 4)).forward is None
 
 
-def test_dense_networks_use_their_own_backward_pass_on_a_processor():
+@pytest.mark.parametrize(
+    "model", [built("mlp", MLPConfig(hidden=(5,))), MODELS["cnn"]], ids=["mlp", "cnn"]
+)
+def test_networks_use_their_own_backward_pass_on_a_processor(model):
     calls = []
-    model = built("mlp", MLPConfig(hidden=(5,)))
 
     def forward(leaves, x):
         outputs, pull_back = model.forward(leaves, x)
@@ -215,7 +284,7 @@ def test_dense_networks_use_their_own_backward_pass_on_a_processor():
     engine.loss_and_grad(theta_CP, x, y, weight)
     calls.clear()
     engine.loss_and_grad(theta_CP, x, y, weight)
-    assert calls == [3]
+    assert sum(calls) == 3
 
 
 def at_height(scale):

@@ -20,8 +20,9 @@ from selffl_ray.tasks import DataShape
 
 Leaves = tuple[Tensor, ...]
 
-PullBack = Callable[[Tensor, Leaves], None]
-"""(gradient of the outputs (C, B, K), where to write those of the parameters (C, *shape) each)."""
+PullBack = Callable[[Tensor, Leaves], Tensor | None]
+"""(gradient of the outputs (C, B, K), where to write those of the parameters (C, *shape) each).
+What it returns is for the layers before it, if there are any."""
 
 
 @dataclass(frozen=True)
