@@ -34,7 +34,8 @@ class Model:
     stacks_on_cpu: False if a taller stack is slower on a CPU (convolutions); rows then go one by
         one there.
     forward: what ``apply`` gives, bit for bit, and how a gradient of the outputs goes back to the
-        parameters. None leaves that to automatic differentiation, which allocates each gradient.
+        parameters, once. None leaves that to automatic differentiation, which allocates each
+        gradient.
     """
 
     spec: ParamSpec

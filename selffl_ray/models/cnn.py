@@ -197,7 +197,10 @@ def _max_pool(x: Tensor, pool: int) -> tuple[Tensor, list[Tensor]]:
 
 
 def _spread(grad: Tensor, wins: list[Tensor], pool: int, like: Tensor) -> Tensor:
-    """The way back through :func:`_max_pool`: all of a gradient goes to its window's winner."""
+    """The way back through :func:`_max_pool`: all of a gradient goes to its window's winner.
+
+    ``grad`` and ``wins`` are used up.
+    """
     out = torch.empty_like(like)
     if any(side % pool for side in like.shape[2:]):
         out.zero_()
@@ -205,8 +208,9 @@ def _spread(grad: Tensor, wins: list[Tensor], pool: int, like: Tensor) -> Tensor
     # Bits, not products: what does not win gets 0, and never -0 or NaN.
     rest = grad.view(torch.int32)
     for place, win in zip(reversed(others), reversed(wins), strict=True):
-        torch.bitwise_and(rest, win, out=place)
-        rest = rest ^ place
+        won = win.bitwise_and_(rest)
+        place.copy_(won)
+        rest.bitwise_xor_(won)
     first.copy_(rest)
     return out
 
