@@ -196,6 +196,9 @@ def assert_bits_of_autograd(own, *arguments):
     expected = engine_of(dataclasses.replace(own, forward=None)).loss_and_grad(*arguments)
     for one, other in zip(found, expected, strict=True):
         assert np.array_equal(one.numpy(), other.numpy(), equal_nan=True)
+        numbers = ~one.isnan()
+        # Also the sign of a zero.
+        assert torch.equal(one[numbers].view(torch.int32), other[numbers].view(torch.int32))
 
 
 @settings(max_examples=60)

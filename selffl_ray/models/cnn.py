@@ -184,8 +184,8 @@ def _max_pool(x: Tensor, pool: int) -> tuple[Tensor, list[Tensor]]:
     """The largest number of each window, and for each place but the first who wins it.
 
     These are whole integers: all bits set where the number at that place is larger than those at
-    all places before it. The last such place is the winner's, the first of equal ones, as torch has
-    it. They are sign bits of differences, for comparisons to bool take twice as long.
+    all places before it. The last such place is the winner's; of equal (finite) ones it is the
+    first, as torch has it. They are sign bits of differences: comparisons take twice as long.
     """
     first, *others = _slices(x, pool)
     largest = first.clone()

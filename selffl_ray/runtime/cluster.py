@@ -32,6 +32,8 @@ UNUSED_HELPERS = (
     "dashboard/dashboard.py",
 )
 """Scripts of Ray's that a Ray of our own without a dashboard does not need once it is up."""
+KILLED_S = 5.0
+"""Longest wait for a process to be gone after SIGKILL."""
 REACH_S = 10.0
 """Longest wait for a cluster's port to open; Ray itself would try for many minutes."""
 
@@ -97,9 +99,9 @@ def cluster(*, dashboard: bool = False) -> Iterator[Cluster]:
         context = ray.init(
             address="local", _node_ip_address=LOOPBACK, include_dashboard=dashboard, **common
         )
-        if not dashboard:
-            _end_unused_helpers()
     try:
+        if not address and not dashboard:
+            _end_unused_helpers()
         _check_loopback(ours=not address)
         yield Cluster(_nodes(), ours=not address, dashboard=context.dashboard_url or None)
     finally:
@@ -124,7 +126,7 @@ def _end_unused_helpers() -> None:
         with contextlib.suppress(psutil.Error):
             if scripts.intersection(child.cmdline()):
                 child.kill()
-                child.wait()
+                child.wait(KILLED_S)
 
 
 def _check_loopback(*, ours: bool) -> None:

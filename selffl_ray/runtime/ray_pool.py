@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import ray
@@ -54,15 +54,20 @@ class ActorShell(NamedTuple):
 def first_actors(plan: PlacementPlan, shell: ActorShell) -> Iterator[list[ActorHandle[Any]]]:
     """The first wave of a plan's client actors, in host order: asked for, but not waited for.
 
-    They import torch beside the driver actor, which is to use them. They end with the block.
+    They import torch beside the driver actor, which is to use them. They end with the block. None
+    on several machines: there they could take the room on the one that the driver actor is bound
+    to, before it is placed.
     """
-    first = plan.actors[: _wave()]
-    actors = [shell.create(actor, f"{host:04d}-0") for host, actor in enumerate(first)]
+    actors: list[ActorHandle[Any]] = []
     try:
+        if sum(node["Alive"] for node in ray.nodes()) == 1:  # type: ignore[no-untyped-call]
+            for host, actor in enumerate(plan.actors[: _wave()]):
+                actors.append(shell.create(actor, f"{host:04d}-0"))
         yield actors
     finally:
-        for actor in actors:
-            ray.kill(actor, no_restart=True)
+        for started in actors:
+            with suppress(RayError):
+                ray.kill(started, no_restart=True)
 
 
 def _wave() -> int:
