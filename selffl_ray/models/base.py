@@ -20,9 +20,8 @@ from selffl_ray.tasks import DataShape
 
 Leaves = tuple[Tensor, ...]
 
-PullBack = Callable[[Tensor, Leaves], Tensor | None]
-"""(gradient of the outputs (C, B, K), where to write those of the parameters (C, *shape) each).
-What it returns is for the layers before it, if there are any."""
+PullBack = Callable[[Tensor, Leaves], None]
+"""(gradient of the outputs (C, B, K), where to write those of the parameters (C, *shape) each)."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,7 @@ class Model:
     stacks_on_cpu: False if a taller stack is slower on a CPU (convolutions); rows then go one by
         one there.
     forward: what ``apply`` gives, bit for bit, and how a gradient of the outputs goes back to the
-        parameters, once. None leaves that to automatic differentiation, which allocates each
-        gradient.
+        parameters. None leaves that to automatic differentiation, which allocates each gradient.
     """
 
     spec: ParamSpec
