@@ -220,10 +220,12 @@ def test_an_entry_that_fails_says_why(text, told, tmp_path):
         measure(script(tmp_path, text), environment(), timeout_s=1.0 if "sleep" in text else 60.0)
 
 
-def test_a_ray_that_others_started_is_not_used(monkeypatch):
+def test_a_ray_that_others_started_is_not_used_and_byte_code_is_kept(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     found = environment(**QUIET)
     assert "RAY_ADDRESS" not in found
+    assert "PYTHONDONTWRITEBYTECODE" not in found
     assert found["RAY_USAGE_STATS_ENABLED"] == found["FLWR_TELEMETRY_ENABLED"] == "0"
 
 

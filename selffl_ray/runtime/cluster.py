@@ -31,7 +31,7 @@ UNUSED_HELPERS = (
     "autoscaler/v2/monitor.py",
     "dashboard/dashboard.py",
 )
-"""Scripts of Ray's that a Ray of our own without a dashboard does not need once it is up."""
+"""Scripts of Ray's that a Ray of our own, which has no dashboard, does not need once it is up."""
 KILLED_S = 5.0
 """Longest wait for a process to be gone after SIGKILL."""
 REACH_S = 10.0
@@ -55,17 +55,15 @@ def quiet_ray() -> None:
 class Cluster:
     """A connection to Ray.
 
-    nodes: the machines that are alive; ours: this process started it (and will end it); dashboard:
-    address of the web page, if there is one.
+    nodes: the machines that are alive; ours: this process started it (and will end it).
     """
 
     nodes: list[Node]
     ours: bool
-    dashboard: str | None
 
 
 @contextlib.contextmanager
-def cluster(*, dashboard: bool = False) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     """A Ray to run in: a connection that exists, RAY_ADDRESS, or one of our own on loopback.
 
     Only a Ray that was started here is ended here.
@@ -78,7 +76,7 @@ def cluster(*, dashboard: bool = False) -> Iterator[Cluster]:
     from ray.exceptions import RayError
 
     if ray.is_initialized():
-        yield Cluster(_nodes(), ours=False, dashboard=None)
+        yield Cluster(_nodes(), ours=False)
         return
     address = os.environ.get("RAY_ADDRESS")
     common: dict[str, Any] = {
@@ -89,21 +87,19 @@ def cluster(*, dashboard: bool = False) -> Iterator[Cluster]:
     if address:
         try:
             _knock(address)
-            context = ray.init(address=address, **common)
+            ray.init(address=address, **common)
         except (OSError, RuntimeError, ValueError, RayError) as error:
             raise PlacementError(
                 f"RAY_ADDRESS={address} cannot be reached: {error}; start that cluster, give its "
                 "token (RAY_AUTH_MODE=token), or unset RAY_ADDRESS to use this machine"
             ) from error
     else:
-        context = ray.init(
-            address="local", _node_ip_address=LOOPBACK, include_dashboard=dashboard, **common
-        )
+        ray.init(address="local", _node_ip_address=LOOPBACK, include_dashboard=False, **common)
     try:
-        if not address and not dashboard:
+        if not address:
             _end_unused_helpers()
         _check_loopback(ours=not address)
-        yield Cluster(_nodes(), ours=not address, dashboard=context.dashboard_url or None)
+        yield Cluster(_nodes(), ours=not address)
     finally:
         # Disconnects from a cluster that was there before, and ends one of our own.
         ray.shutdown()
@@ -115,7 +111,7 @@ def _end_unused_helpers() -> None:
     The autoscaler of a cluster of one fixed machine, the reader of logs that nobody wants on the
     terminal, and the dashboard's process without a dashboard, which could only send usage reports:
     together some 190 MB. The autoscaler also delays the end by a second, for it does not listen
-    to SIGTERM once the GCS is gone.
+    to SIGTERM once the GCS is gone. Who has asked for usage reports keeps all of them.
     """
     import ray
 

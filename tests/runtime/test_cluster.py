@@ -16,7 +16,12 @@ from pathlib import Path
 import pytest
 
 from selffl_ray.console import size
-from selffl_ray.runtime.cluster import LOOPBACK, cluster
+from selffl_ray.runtime.cluster import (
+    LOOPBACK,
+    UNUSED_HELPERS,
+    _end_unused_helpers,
+    cluster,
+)
 from tests.runtime.processes import Sandbox
 from tests.runtime.saboteur import ROOT
 
@@ -227,28 +232,47 @@ def test_the_doctor_lists_the_nodes_that_are_alive_and_those_that_are_gone(sandb
     assert large == f"{at} alive, 2 CPUs, 1 GPUs, {size(3 * 2**30)} for actors"
 
 
-HELPERS = """
+CHILDREN = """
 from selffl_ray.runtime.cluster import cluster
 import psutil
 import ray
 
-with cluster(dashboard={dashboard}) as here:
+with cluster():
     for process in psutil.Process().children():
         print(process.name() if process.status() == "zombie" else " ".join(process.cmdline()))
     assert ray.get(ray.remote(lambda: 7).remote()) == 7
 """
 
 
-@pytest.mark.parametrize("dashboard", [False, True])
-def test_helpers_of_ray_that_nobody_needs_are_ended_once_it_is_up(sandbox, dashboard):
-    ours = [*(sys.executable, "-c"), HELPERS.format(dashboard=dashboard)]
-    process = sandbox.start(*ours)
+def test_helpers_of_ray_that_nobody_needs_are_ended_once_it_is_up(sandbox):
+    process = sandbox.start(sys.executable, "-c", CHILDREN)
     out, err = process.communicate(timeout=90)
     assert process.returncode == 0, err
     assert "raylet" in out
-    for script in ("log_monitor.py", "_private/monitor.py", "dashboard.py"):
-        assert (f"{script} " in out) == dashboard, script
+    assert not any(f"{script} " in out for script in UNUSED_HELPERS)
     assert sandbox.all_gone(within_s=15), sandbox.alive()
+
+
+def test_only_scripts_of_rays_own_are_ended_and_none_if_usage_reports_are_wanted(monkeypatch):
+    import ray
+
+    scripts = [Path(ray.__file__).parent / name for name in UNUSED_HELPERS]
+    assert all(script.exists() for script in scripts)
+    sleep = (sys.executable, "-c", "import time; time.sleep(120)")
+    with contextlib.ExitStack() as stack:
+        rays, users = (
+            stack.enter_context(subprocess.Popen([*sleep, str(script)]))
+            for script in (scripts[-1], Path("dashboard/dashboard.py"))
+        )
+        stack.callback(users.kill)
+        stack.callback(rays.kill)
+        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
+        _end_unused_helpers()
+        assert rays.poll() is None
+        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        _end_unused_helpers()
+        assert rays.poll() is not None
+        assert users.poll() is None
 
 
 def test_a_ray_of_our_own_is_gone_when_the_command_ends(sandbox):
