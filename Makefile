@@ -36,7 +36,7 @@ test: $(STAMP)  ## everything that CI must pass
 	$(BIN)/python -m pytest -m "not ray" -n 2
 	$(BIN)/python -m pytest -m "ray"
 
-test-fast: $(STAMP)  ## without Ray and slow tests, 7 to 8 minutes on 2 cores
+test-fast: $(STAMP)  ## without Ray and slow tests, under 5 minutes
 	$(BIN)/python -m pytest -m "not ray and not slow" -n 2
 
 check: $(STAMP)  ## format, lint, types, layers

@@ -771,6 +771,7 @@ def test_verify_names_a_client_that_was_left_out_and_repeats_nothing(tmp_path):
         verify_run(tmp_path / "run", lambda event: None)
 
 
+@pytest.mark.slow
 def test_the_wall_time_of_a_run_that_went_on_counts_what_came_before(tmp_path):
     chosen = config(SMALL, "method=fedavg", "training.num_rounds=300", "checkpoint.every=300")
     whole = run_experiment(chosen, output=tmp_path / "run")

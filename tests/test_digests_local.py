@@ -13,6 +13,8 @@ from selffl_ray.registry import algorithms, inter_estimators, intra_estimators
 from tests.contract.harness import as_allowed
 from tests.runtime.placements import different, locally, moved, prepared_with
 
+pytestmark = pytest.mark.slow
+
 HOSTS = (1, 2, 3, 7, 14)
 STACKS = (1, 3, 20)
 

@@ -388,6 +388,7 @@ def test_no_option_of_the_presets_is_idle_beside_the_others():
 FILES = sorted((Path(__file__).parents[1] / "tune_configs").glob("*.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_file_of_tune_configs_can_be_run_as_it_stands(file):
     head = file.read_text().partition("\nexperiment:")[0]

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from selffl_ray import hierarchy, load_config, run_experiment
 
+pytestmark = pytest.mark.slow
+
 BASE = (
     "data.name=gaussian",
     "data.optima=identity",

@@ -450,6 +450,7 @@ PLUG_IN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLUG_IN)
 def test_plugging_an_estimate_into_the_posterior_costs_what_the_specification_says(name):
     """Local error over that of Bayes at inter .03, .3 and 3; ``equal`` treats all s as 1."""
