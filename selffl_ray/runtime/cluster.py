@@ -25,15 +25,8 @@ SHARED_S = 60.0
 """Longest wait for a machine to say whether it sees a folder."""
 PIN = 0.001
 """Share of a machine's own resource that pins an actor to it: room for a thousand."""
-UNUSED_HELPERS = (
-    "_private/log_monitor.py",
-    "autoscaler/_private/monitor.py",
-    "autoscaler/v2/monitor.py",
-    "dashboard/dashboard.py",
-)
-"""Scripts of Ray's that a Ray of our own, which has no dashboard, does not need once it is up."""
-KILLED_S = 5.0
-"""Longest wait for a process to be gone after SIGKILL."""
+UNUSED_HELPERS = ("start_monitor", "start_log_monitor", "start_api_server")
+"""Methods of Ray's node by which it starts what a Ray of our own can do without."""
 REACH_S = 10.0
 """Longest wait for a cluster's port to open; Ray itself would try for many minutes."""
 
@@ -94,10 +87,9 @@ def cluster() -> Iterator[Cluster]:
                 "token (RAY_AUTH_MODE=token), or unset RAY_ADDRESS to use this machine"
             ) from error
     else:
-        ray.init(address="local", _node_ip_address=LOOPBACK, include_dashboard=False, **common)
+        with _without_helpers():
+            ray.init(address="local", _node_ip_address=LOOPBACK, include_dashboard=False, **common)
     try:
-        if not address:
-            _end_unused_helpers()
         _check_loopback(ours=not address)
         yield Cluster(_nodes(), ours=not address)
     finally:
@@ -105,24 +97,29 @@ def cluster() -> Iterator[Cluster]:
         ray.shutdown()
 
 
-def _end_unused_helpers() -> None:
-    """End what ``ray.init`` starts for a cluster that nobody looks at, and cannot be told to leave.
+@contextlib.contextmanager
+def _without_helpers() -> Iterator[None]:
+    """Have ``ray.init`` leave out what a cluster that nobody looks at does not need.
 
     The autoscaler of a cluster of one fixed machine, the reader of logs that nobody wants on the
     terminal, and the dashboard's process without a dashboard, which could only send usage reports:
-    together some 190 MB. The autoscaler also delays the end by a second, for it does not listen
-    to SIGTERM once the GCS is gone. Who has asked for usage reports keeps all of them.
+    together some 190 MB and a third of the time that Ray takes to start. The autoscaler would also
+    delay the end by a second, for it does not listen to SIGTERM once the GCS is gone. There is no
+    option for it. Who has asked for usage reports gets all of them, and so does a Ray that starts
+    them by other methods.
     """
-    import ray
+    from ray._private.node import Node as RayNode
 
-    if os.environ.get("RAY_USAGE_STATS_ENABLED") != "0":
-        return
-    scripts = {str(Path(ray.__file__).parent / name) for name in UNUSED_HELPERS}
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):
-            if scripts.intersection(child.cmdline()):
-                child.kill()
-                child.wait(KILLED_S)
+    def start_nothing(*_: object, **__: object) -> None:
+        pass
+
+    names = UNUSED_HELPERS if os.environ.get("RAY_USAGE_STATS_ENABLED") == "0" else ()
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            if hasattr(RayNode, name):
+                stack.callback(setattr, RayNode, name, getattr(RayNode, name))
+                setattr(RayNode, name, start_nothing)
+        yield
 
 
 def _check_loopback(*, ours: bool) -> None:

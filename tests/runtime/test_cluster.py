@@ -19,7 +19,7 @@ from selffl_ray.console import size
 from selffl_ray.runtime.cluster import (
     LOOPBACK,
     UNUSED_HELPERS,
-    _end_unused_helpers,
+    _without_helpers,
     cluster,
 )
 from tests.runtime.processes import Sandbox
@@ -244,35 +244,30 @@ with cluster():
 """
 
 
-def test_helpers_of_ray_that_nobody_needs_are_ended_once_it_is_up(sandbox):
+HELPERS = ("log_monitor.py", "monitor.py", "dashboard/dashboard.py")
+
+
+def test_helpers_of_ray_that_nobody_needs_are_not_started(sandbox):
     process = sandbox.start(sys.executable, "-c", CHILDREN)
     out, err = process.communicate(timeout=90)
     assert process.returncode == 0, err
     assert "raylet" in out
-    assert not any(f"{script} " in out for script in UNUSED_HELPERS)
+    assert not any(f"{script} " in out for script in HELPERS)
     assert sandbox.all_gone(within_s=15), sandbox.alive()
 
 
-def test_only_scripts_of_rays_own_are_ended_and_none_if_usage_reports_are_wanted(monkeypatch):
-    import ray
+def test_ray_starts_its_helpers_elsewhere_and_where_usage_reports_are_wanted(monkeypatch):
+    from ray._private.node import Node
 
-    scripts = [Path(ray.__file__).parent / name for name in UNUSED_HELPERS]
-    assert all(script.exists() for script in scripts)
-    sleep = (sys.executable, "-c", "import time; time.sleep(120)")
-    with contextlib.ExitStack() as stack:
-        rays, users = (
-            stack.enter_context(subprocess.Popen([*sleep, str(script)]))
-            for script in (scripts[-1], Path("dashboard/dashboard.py"))
-        )
-        stack.callback(users.kill)
-        stack.callback(rays.kill)
-        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
-        _end_unused_helpers()
-        assert rays.poll() is None
-        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        _end_unused_helpers()
-        assert rays.poll() is not None
-        assert users.poll() is None
+    own = {name: getattr(Node, name) for name in UNUSED_HELPERS}
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
+    with _without_helpers():
+        assert {name: getattr(Node, name) for name in own} == own
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    with contextlib.suppress(RuntimeError), _without_helpers():
+        assert not set(own.values()) & {getattr(Node, name) for name in own}
+        raise RuntimeError("ray.init has failed")
+    assert {name: getattr(Node, name) for name in own} == own
 
 
 def test_a_ray_of_our_own_is_gone_when_the_command_ends(sandbox):
