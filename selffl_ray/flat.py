@@ -66,9 +66,9 @@ class ParamSpec:
     def views(self, theta_CP: Tensor) -> tuple[Tensor, ...]:
         """The parameters of every row, (C, *shape) each; views, nothing is copied."""
         rows = theta_CP.shape[0]
+        parts = theta_CP.split_with_sizes(self.sizes, 1)
         return tuple(
-            theta_CP[:, start : start + size].view(rows, *shape)
-            for start, size, shape in zip(self.offsets, self.sizes, self.shapes, strict=False)
+            part.view(rows, *shape) for part, shape in zip(parts, self.shapes, strict=True)
         )
 
     def named(self, theta_P: Tensor) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,13 @@ class Height(enum.Enum):
     ANY = "any height"
     PAIR = "at least two rows: a single one gets a copy of itself beside it"
     ONE = "one row at a time"
+
+
+class _Loss(NamedTuple):
+    """A number for every row, (C,), from the outputs; and with the gradient of their sum."""
+
+    value: Callable[[Tensor], Tensor]
+    with_grad: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class RowEngine:
@@ -87,7 +95,8 @@ class RowEngine:
         grad_CP = theta_CP.new_empty(theta_CP.shape) if out is None else out
         losses = []
         for pick in self._picks(x_CB.shape[1:], rows):
-            loss = partial(_weighed, self.task, y_CB[pick], weight_CB[pick])
+            told = (self.task, y_CB[pick], weight_CB[pick])
+            loss = _Loss(partial(_weighed, *told), partial(_weighed_and_grad, *told))
             place = grad_CP[pick if isinstance(pick, slice) else slice(0, rows)]
             theta = theta_CP[pick]
             # The copy beside a single row has no place in what was asked for.
@@ -99,25 +108,22 @@ class RowEngine:
         return (losses[0] if len(losses) == 1 else torch.cat(losses)), grad_CP
 
     @torch.enable_grad()
-    def _differentiate(
-        self, theta_CP: Tensor, x_CB: Tensor, loss: Callable[[Tensor], Tensor], out_CP: Tensor
-    ) -> Tensor:
-        """``loss(outputs)`` of every row, (C,); the gradient of their sum goes into ``out_CP``."""
+    def _differentiate(self, theta_CP: Tensor, x_CB: Tensor, loss: _Loss, out_CP: Tensor) -> Tensor:
+        """The loss of every row, (C,); the gradient of their sum goes into ``out_CP``."""
         spec, forward = self.model.spec, self._forward
         if forward is None:
             leaves = tuple(view.detach().requires_grad_() for view in spec.views(theta_CP))
-            loss_C = loss(self.model.apply(leaves, x_CB))
+            loss_C = loss.value(self.model.apply(leaves, x_CB))
             grads = torch.autograd.grad(loss_C.sum(), leaves, materialize_grads=True)
             for view, grad in zip(spec.views(out_CP), grads, strict=True):
                 view.copy_(grad)
             return loss_C.detach()
         with torch.no_grad():
             outputs, pull_back = forward(spec.views(theta_CP), x_CB)
-        loss_C = loss(outputs.requires_grad_())
-        (grad_CBK,) = torch.autograd.grad(loss_C.sum(), outputs)
+        loss_C, grad_CBK = loss.with_grad(outputs)
         with torch.no_grad():
             pull_back(grad_CBK, spec.views(out_CP))
-        return loss_C.detach()
+        return loss_C
 
     def _picks(self, batch_shape: Sequence[int], rows: int) -> list[slice | Tensor]:
         """Rows that are run together, one entry after the other."""
@@ -158,7 +164,8 @@ class RowEngine:
                 return (outputs * pull_CBK[pick].to(outputs.dtype)).sum((1, 2))
 
             grad_CP = torch.empty_like(theta_CP[pick])
-            self._differentiate(theta_CP[pick], x_CB[pick], pull, grad_CP)
+            loss = _Loss(pull, partial(_with_grad, pull))
+            self._differentiate(theta_CP[pick], x_CB[pick], loss, grad_CP)
             return [*seen, grad_CP]
 
         alone, pair, four, five = rows([0]), rows([0, 4]), rows([4, 3, 1, 0]), rows([0, 1, 2, 3, 4])
@@ -175,6 +182,21 @@ class RowEngine:
 def _weighed(task: Task, y_CB: Tensor, weight_CB: Tensor, outputs_CBK: Tensor) -> Tensor:
     """Weighted sum of the examples' losses: (C,)."""
     return (task.loss(outputs_CBK, y_CB) * weight_CB).sum(1)
+
+
+def _weighed_and_grad(
+    task: Task, y_CB: Tensor, weight_CB: Tensor, outputs_CBK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, and the gradient of the sum over rows with respect to the outputs: (C, B, K)."""
+    if task.loss_and_grad is not None:
+        return task.loss_and_grad(outputs_CBK, y_CB, weight_CB)
+    return _with_grad(partial(_weighed, task, y_CB, weight_CB), outputs_CBK)
+
+
+def _with_grad(loss: Callable[[Tensor], Tensor], outputs_CBK: Tensor) -> tuple[Tensor, Tensor]:
+    loss_C = loss(outputs_CBK.requires_grad_())
+    (grad_CBK,) = torch.autograd.grad(loss_C.sum(), outputs_CBK)
+    return loss_C.detach(), grad_CBK
 
 
 def _made_up_inputs(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from selffl_ray.tasks import CLASSIFICATION, REGRESSION
@@ -28,6 +31,35 @@ def test_classification_is_cross_entropy_and_the_share_of_right_answers():
     assert CLASSIFICATION.score_name == "accuracy"
     assert CLASSIFICATION.higher_is_better
     assert not CLASSIFICATION.roles_differ
+
+
+@given(
+    shape=st.tuples(st.integers(1, 14), st.integers(1, 40), st.integers(1, 70)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    scale=st.sampled_from([1e-3, 1.0, 50.0, 1e30]),
+    broken=st.sampled_from([None, math.nan, math.inf, -math.inf]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_gradient_of_the_weighted_cross_entropy_has_the_bits_of_autograd(
+    shape, dtype, scale, broken, seed
+):
+    num_clients, length, num_classes = shape
+    rng = np.random.default_rng(seed)
+    outputs = torch.from_numpy(rng.normal(scale=scale, size=shape)).to(dtype)
+    if broken is not None:
+        outputs[0, 0, num_classes // 2] = broken
+    y = torch.from_numpy(rng.integers(num_classes, size=shape[:2]))
+    # As of a batch of which the last examples are padding: a step's slice of the plan of all steps.
+    weight = torch.full((num_clients, 3, length), 1 / length, dtype=dtype)[:, 1]
+    weight[:, length // 2 + 1 :] = 0.0
+    loss_C, grad = CLASSIFICATION.loss_and_grad(outputs, y, weight)
+    assert not grad.requires_grad
+    leaf = outputs.clone().requires_grad_()
+    expected_C = (CLASSIFICATION.loss(leaf, y) * weight).sum(1)
+    (expected,) = torch.autograd.grad(expected_C.sum(), leaf)
+    # Bytes: NaN too, and the sign of zero.
+    assert loss_C.numpy().tobytes() == expected_C.detach().numpy().tobytes()
+    assert grad.numpy().tobytes() == expected.numpy().tobytes()
 
 
 def regression_example() -> tuple[Tensor, Tensor]:
