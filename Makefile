@@ -58,11 +58,11 @@ smoke: $(STAMP)  ## doctor, data describe, run --dry-run, compare, verify: small
 		--output $(VENV)/smoke
 	$(SELFFL) verify $(VENV)/smoke/selffl-two_tap-s0
 
-lowest: $(STAMP)  ## the fast tests on the oldest versions that pyproject.toml allows
+lowest: $(STAMP)  ## the tests without Ray on the oldest versions that pyproject.toml allows
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[watch,optuna]' \
 		pytest pytest-xdist hypothesis
-	$(VENV)-lowest/bin/python -m pytest -m "not ray and not slow" -n 2 -o filterwarnings=default
+	$(VENV)-lowest/bin/python -m pytest -m "not ray" -n 2 -o filterwarnings=default
 
 clean:  ## remove the environment and caches (not runs/ and the MLflow store)
 	rm -rf $(VENV) $(VENV)-lowest .mypy_cache .ruff_cache .pytest_cache .hypothesis

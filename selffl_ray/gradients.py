@@ -95,8 +95,8 @@ class RowEngine:
         grad_CP = theta_CP.new_empty(theta_CP.shape) if out is None else out
         losses = []
         for pick in self._picks(x_CB.shape[1:], rows):
-            told = (self.task, y_CB[pick], weight_CB[pick])
-            loss = _Loss(partial(_weighed, *told), partial(_weighed_and_grad, *told))
+            examples = (self.task, y_CB[pick], weight_CB[pick])
+            loss = _Loss(partial(_weighed, *examples), partial(_weighed_and_grad, *examples))
             place = grad_CP[pick if isinstance(pick, slice) else slice(0, rows)]
             theta = theta_CP[pick]
             # The copy beside a single row has no place in what was asked for.
@@ -194,6 +194,7 @@ def _weighed_and_grad(
 
 
 def _with_grad(loss: Callable[[Tensor], Tensor], outputs_CBK: Tensor) -> tuple[Tensor, Tensor]:
+    """By automatic differentiation, which has to be on; the outputs become a leaf of its graph."""
     loss_C = loss(outputs_CBK.requires_grad_())
     (grad_CBK,) = torch.autograd.grad(loss_C.sum(), outputs_CBK)
     return loss_C.detach(), grad_CBK

@@ -13,6 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_EACH = 0
+"""ATen's number for a loss without reduction."""
+_NO_CLASS = -100
+"""The class that ATen's loss leaves out; ours are >= 0."""
+
 Role = Literal["global", "local"]
 """Which model is judged: the server's, or the one a client predicts with."""
 
@@ -39,8 +44,8 @@ class Task:
     score_name: the metric's name, as in ``test/global_<score_name>``.
     roles_differ: the global model is judged by another truth than the clients' models.
     loss_and_grad: (outputs_CBK, y_CB..., weight_CB) -> (C,) sums of weight * loss, and the gradient
-        of their sum, (C, B, K), bit for bit as automatic differentiation gives them. None leaves it
-        to that.
+        of their sum, (C, B, K), bit for bit as automatic differentiation gives them; weights have
+        the outputs' type. None leaves it to automatic differentiation.
     """
 
     score_name: str
@@ -59,21 +64,17 @@ def _cross_entropy(outputs_CBK: Tensor, y_CB: Tensor) -> Tensor:
 def _cross_entropy_and_grad(
     outputs_CBK: Tensor, y_CB: Tensor, weight_CB: Tensor
 ) -> tuple[Tensor, Tensor]:
-    # The kernels that automatic differentiation calls, without the graph: half of the time, which
-    # is as much as a small model's matrix products take.
+    # The kernels that automatic differentiation calls, without its graph: 0.08 ms instead of 0.14
+    # of a step of six rows, which takes 2 ms.
     aten = torch.ops.aten
     outputs, y = outputs_CBK.flatten(0, 1), y_CB.flatten()
     log_p = aten._log_softmax.default(outputs, 1, False)
-    loss, total = aten.nll_loss_forward.default(log_p, y, None, _EACH, _IGNORED)
+    loss, total = aten.nll_loss_forward.default(log_p, y, None, _EACH, _NO_CLASS)
     grad = aten.nll_loss_backward.default(
-        weight_CB.flatten(), log_p, y, None, _EACH, _IGNORED, total
+        weight_CB.flatten(), log_p, y, None, _EACH, _NO_CLASS, total
     )
     grad = aten._log_softmax_backward_data.default(grad, log_p, 1, outputs.dtype)
     return (loss.view(y_CB.shape) * weight_CB).sum(1), grad.view(outputs_CBK.shape)
-
-
-_EACH, _IGNORED = 0, -100
-"""ATen's number for "no reduction", and the class that its loss leaves out; none of ours is < 0."""
 
 
 def _correct(outputs_CBK: Tensor, y_CB: Tensor, role: Role) -> Tensor:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import socket
+import threading
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,6 @@ SHARED_S = 60.0
 """Longest wait for a machine to say whether it sees a folder."""
 PIN = 0.001
 """Share of a machine's own resource that pins an actor to it: room for a thousand."""
-UNUSED_HELPERS = ("start_monitor", "start_log_monitor", "start_api_server")
-"""Methods of Ray's node by which it starts what a Ray of our own can do without."""
 REACH_S = 10.0
 """Longest wait for a cluster's port to open; Ray itself would try for many minutes."""
 
@@ -102,24 +101,50 @@ def _without_helpers() -> Iterator[None]:
     """Have ``ray.init`` leave out what a cluster that nobody looks at does not need.
 
     The autoscaler of a cluster of one fixed machine, the reader of logs that nobody wants on the
-    terminal, and the dashboard's process without a dashboard, which could only send usage reports:
-    together some 190 MB and a third of the time that Ray takes to start. The autoscaler would also
-    delay the end by a second, for it does not listen to SIGTERM once the GCS is gone. There is no
-    option for it. Who has asked for usage reports gets all of them, and so does a Ray that starts
-    them by other methods.
+    terminal, and the process of a dashboard that is not wanted: together some 190 MB and a third of
+    the time that Ray takes to start. The autoscaler would also delay the end by a second, for it
+    does not listen to SIGTERM once the GCS is gone. There is no option for it. Who has asked for
+    usage reports gets all of them, and so does a Ray that starts them by other methods.
     """
-    from ray._private.node import Node as RayNode
-
-    def start_nothing(*_: object, **__: object) -> None:
-        pass
-
-    names = UNUSED_HELPERS if os.environ.get("RAY_USAGE_STATS_ENABLED") == "0" else ()
-    with contextlib.ExitStack() as stack:
-        for name in names:
+    try:
+        from ray._private.node import Node as RayNode
+    except ImportError:
+        yield
+        return
+    wanted = os.environ.get("RAY_USAGE_STATS_ENABLED") != "0"
+    with _PATCHING, contextlib.ExitStack() as stack:
+        for name, substitute in () if wanted else UNUSED_HELPERS.items():
             if hasattr(RayNode, name):
                 stack.callback(setattr, RayNode, name, getattr(RayNode, name))
-                setattr(RayNode, name, start_nothing)
+                setattr(RayNode, name, substitute)
         yield
+
+
+def _start_nothing(node: Any, *_: object, **__: object) -> None:
+    pass
+
+
+def _tell_no_dashboard(node: Any, *_: object, **__: object) -> None:
+    """An address where nobody listens: Ray's agent would look for one every second, and log it."""
+    from ray._private import ray_constants
+
+    node.get_gcs_client().internal_kv_put(
+        ray_constants.DASHBOARD_ADDRESS.encode(),
+        f"{LOOPBACK}:0".encode(),
+        True,
+        ray_constants.KV_NAMESPACE_DASHBOARD,
+    )
+
+
+UNUSED_HELPERS = {
+    "start_monitor": _start_nothing,
+    "start_log_monitor": _start_nothing,
+    "start_api_server": _tell_no_dashboard,
+}
+"""Methods of Ray's node by which it starts what a Ray of our own can do without, and what to call
+instead."""
+_PATCHING = threading.Lock()
+"""Held while they are replaced: a second thread would keep a substitute for the original."""
 
 
 def _check_loopback(*, ours: bool) -> None:

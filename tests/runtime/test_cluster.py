@@ -234,6 +234,7 @@ def test_the_doctor_lists_the_nodes_that_are_alive_and_those_that_are_gone(sandb
 
 CHILDREN = """
 from selffl_ray.runtime.cluster import cluster
+import time
 import psutil
 import ray
 
@@ -241,22 +242,34 @@ with cluster():
     for process in psutil.Process().children():
         print(process.name() if process.status() == "zombie" else " ".join(process.cmdline()))
     assert ray.get(ray.remote(lambda: 7).remote()) == 7
+    # Longer than Ray's agent waits before it looks for a dashboard again.
+    time.sleep(3)
+    print("LOGS", ray._private.worker.global_worker.node.get_logs_dir_path())
 """
 
 
-HELPERS = ("log_monitor.py", "monitor.py", "dashboard/dashboard.py")
+HELPERS = ("_private/log_monitor.py", "autoscaler/_private/monitor.py", "dashboard/dashboard.py")
 
 
-def test_helpers_of_ray_that_nobody_needs_are_not_started(sandbox):
+def test_helpers_of_ray_that_nobody_needs_are_not_started_nor_missed(sandbox):
+    import ray
+
+    # The names are those that this version of Ray would start.
+    scripts = [Path(ray.__file__).parent / name for name in HELPERS]
+    assert all(script.exists() for script in scripts)
     process = sandbox.start(sys.executable, "-c", CHILDREN)
     out, err = process.communicate(timeout=90)
     assert process.returncode == 0, err
-    assert "raylet" in out
-    assert not any(f"{script} " in out for script in HELPERS)
+    children, _, logs = out.partition("LOGS ")
+    assert "raylet" in children
+    assert not any(str(script) in children for script in scripts)
+    agent = (Path(logs.strip()) / "dashboard_agent.log").read_text()
+    assert "EventAgent" in agent
+    assert "dashboard http address" not in agent
     assert sandbox.all_gone(within_s=15), sandbox.alive()
 
 
-def test_ray_starts_its_helpers_elsewhere_and_where_usage_reports_are_wanted(monkeypatch):
+def test_ray_starts_its_helpers_afterwards_and_where_usage_reports_are_wanted(monkeypatch):
     from ray._private.node import Node
 
     own = {name: getattr(Node, name) for name in UNUSED_HELPERS}
