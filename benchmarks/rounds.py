@@ -11,8 +11,9 @@ start of the process to its end: imports, start of Ray, data, first round, stop.
 peak of the PSS summed over all its processes. ``apart`` is the distance of the final model from
 our local pool's over the way that that one went; ``difference`` the largest one of a weight.
 
-The peers need an environment of their own: ``pip install -e '.[bench]'`` there, its interpreter
-here as --peers-python (this one by default).
+The peers need an environment of their own: ``pip install -e '.[bench]'`` there, without
+constraints.txt, whose Ray Flower does not take (without a GPU install a CPU build of torch first);
+its interpreter here as --peers-python (this one by default).
 """
 
 from __future__ import annotations

@@ -266,6 +266,27 @@ def test_dense_networks_use_their_own_backward_pass_on_a_processor():
     assert calls == [3]
 
 
+def test_dense_networks_take_the_gradient_of_the_loss_from_the_task_that_gives_one():
+    """Otherwise autograd would do, with the same bits: nothing else shows which of them ran."""
+    calls = []
+
+    def loss_and_grad(*arguments):
+        calls.append(len(arguments[0]))
+        return CLASSIFICATION.loss_and_grad(*arguments)
+
+    model = built("mlp", MLPConfig(hidden=(5,)))
+    batch = made_up(model, 3, 4)
+    found = {}
+    for given_one in (loss_and_grad, None):
+        task = dataclasses.replace(CLASSIFICATION, loss_and_grad=given_one)
+        engine = RowEngine(model, task, CPU)
+        engine.loss_and_grad(*batch)
+        found[given_one] = engine.loss_and_grad(*batch)
+    assert calls == [3, 3]
+    for one, other in zip(found[loss_and_grad], found[None], strict=True):
+        assert torch.equal(one, other)
+
+
 def at_height(scale):
     """A linear model whose results depend on the height of the stack by ``scale(height)``."""
 
