@@ -72,18 +72,18 @@ class ClientData:
 
         Rows that have finished then come last, and the rest of a stack is a slice.
         """
-        num = self._rows["train"].num_C
-
-        def key(i: int) -> tuple[int, int, int]:
-            examples = int(num[self.place[i]])
-            return training.batch_length(examples), -training.steps(examples), i
-
+        num = self._rows["train"].num_C.tolist()
+        keys = []
+        for i in index:
+            examples = num[self.place[i]]
+            keys.append((training.batch_length(examples), -training.steps(examples), i))
         stacks: list[list[int]] = []
-        for i in sorted(index, key=key):
-            full = not stacks or len(stacks[-1]) == size
-            if full or key(stacks[-1][0])[0] != key(i)[0]:
+        length_before = None
+        for length, _, i in sorted(keys):
+            if length != length_before or len(stacks[-1]) == size:
                 stacks.append([])
             stacks[-1].append(i)
+            length_before = length
         return stacks
 
     def _read(self, store: Store, wanted: Sequence[npt.NDArray[np.int64]]) -> Rows:

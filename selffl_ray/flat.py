@@ -246,8 +246,10 @@ def representable(rows_CP: Tensor) -> Tensor:
     """(C,) bool: rows that are finite and within the limit of an exact sum of weights <= 1."""
     if rows_CP.shape[1] == 0:
         return torch.ones(rows_CP.shape[0], dtype=torch.bool)
-    # NaN compares false, and amax of a row with NaN is NaN.
-    return torch.cat([rows.abs().amax(1) < LIMIT for rows in in_blocks(rows_CP)]).cpu()
+    # NaN compares false, and the largest and least of a row with NaN are NaN. Magnitudes would be
+    # another pass, and memory for them.
+    fits = [(rows.amax(1) < LIMIT) & (rows.amin(1) > -LIMIT) for rows in in_blocks(rows_CP)]
+    return torch.cat(fits).cpu()
 
 
 def digest(tensors: Iterable[Tensor], numbers: Iterable[int | str] = ()) -> str:

@@ -55,8 +55,7 @@ class RowEngine:
         self.device = device
         if device.type != "cpu":
             be_exact()
-        # Written and measured for processors.
-        self._forward = model.forward if device.type == "cpu" else None
+        self._forward = model.forward
         self._heights: dict[tuple[int, ...], Height] = {}
 
     def outputs(self, theta_CP: Tensor, x_CB: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ from selffl_ray.algorithms.base import (
     Algorithm,
     Empty,
     Gather,
-    Local,
     Personal,
     Total,
     use_global_params,
@@ -56,6 +55,7 @@ from selffl_ray.messages import (
 from selffl_ray.models.build import build_model
 from selffl_ray.participation import RoundPlan
 from selffl_ray.registry import algorithms
+from selffl_ray.staged import Staged
 from selffl_ray.states import MemoryStates, States, open_states
 from selffl_ray.training import Stack
 from selffl_ray.updates import Tally, check_rows, failure_kind, usable_rows
@@ -63,13 +63,6 @@ from selffl_ray.updates import Tally, check_rows, failure_kind, usable_rows
 logger = logging.getLogger(__name__)
 
 Indices = npt.NDArray[np.int64]
-
-
-class _Staged(NamedTuple):
-    """Rows of one client's update that wait for the driver's decision; ``local`` has one row."""
-
-    round_index: int
-    local: Local
 
 
 class _Asked(NamedTuple):
@@ -96,7 +89,7 @@ class ClientHost:
         self.device = device or torch.device("cpu")
         self._states: States = MemoryStates()
         self._changed: set[int] = set()
-        self._staged: dict[int, _Staged] = {}
+        self._staged = Staged()
 
     # -- set-up ---------------------------------------------------------------------------------
 
@@ -121,7 +114,7 @@ class ClientHost:
 
     def _forget(self) -> None:
         """No client has a state."""
-        self._staged, self._changed = {}, set()
+        self._staged, self._changed = Staged(), set()
         self._states = open_states(self._spec.state_folder, self._data.clients, self.device)
 
     # -- one round ------------------------------------------------------------------------------
@@ -132,8 +125,7 @@ class ClientHost:
         """Train the asked clients, stage what they produced, and return reports and means."""
         began = time.perf_counter()
         self._commit(commits)
-        now = request.plan.round_index
-        self._staged = {i: s for i, s in self._staged.items() if s.round_index == now}
+        self._staged.begin(request.plan.round_index)
         shared = trees.to_tensors(shared_arrays, self.device)
         per_client = trees.to_tensors(request.per_client)
         at = {int(index): row for row, index in enumerate(request.client_index)}
@@ -141,18 +133,18 @@ class ClientHost:
         asked = _Asked(at, request.plan, shared, per_client, tally)
         kept = [i for i in at if i in self._staged and self._algorithm.keeps_payloads]
         for i in kept:
-            tally.add([i], self._staged[i].local)
+            tally.add([i], self._staged.local(i))
         failures: list[ClientFailure] = []
         for members in self._stacks(at.keys() - kept):
             failures += self._train(members, asked)
         good, shapes, totals, refused = tally.majority()
         failures += refused
-        locals_ = [self._staged[i].local for i in good]
+        told = self._staged.told(good)
         return LocalAnswer(
             np.asarray(good, np.int64),
-            trees.to_arrays(trees.concatenate([loc.report for loc in locals_])) if good else None,
-            np.asarray([float(local.loss_C[0]) for local in locals_]),
-            np.asarray([int(local.gradients_C[0]) for local in locals_], np.int64),
+            told.report,
+            told.loss_C,
+            told.gradients_C,
             tuple(np.asarray(total.cpu().numpy()) for total in totals),
             tuple(failures),
             shapes,
@@ -171,7 +163,7 @@ class ClientHost:
         rows = []
         for index in request.client_index.tolist():
             own = total.of == "state"
-            tree = self._states[index] if own else self._staged[index].local.payload
+            tree = self._states[index] if own else self._staged.payload(index)
             rows.append(total.rows(tree)[0])
         return np.asarray(exact_sum(rows, weights).cpu().numpy())
 
@@ -180,7 +172,7 @@ class ClientHost:
         self._commit(commits)
         gather = self._algorithm.reductions[which]
         assert isinstance(gather, Gather)
-        rows = [gather.rows(self._staged[i].local.payload) for i in accepted.tolist()]
+        rows = [gather.rows(self._staged.payload(i)) for i in accepted.tolist()]
         return np.asarray(torch.cat(rows).cpu().numpy())
 
     def evaluate(
@@ -264,15 +256,12 @@ class ClientHost:
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _has_staged(self, index: int, round_index: int) -> bool:
-        return index in self._staged and self._staged[index].round_index == round_index
-
     def _commit(self, commits: Commits) -> None:
         """Make the accepted clients' staged states theirs; the rest stays until the next round."""
         for commit in commits:
             for index in commit.accepted.tolist():
-                assert self._has_staged(index, commit.round_index), "accepted, so it answered"
-                self._states.put(index, self._staged[index].local.state)
+                assert self._staged.has(index, commit.round_index), "accepted, so it answered"
+                self._states.put(index, self._staged.state(index))
                 self._changed.add(index)
 
     def _stacks(self, index: Iterable[int]) -> list[list[int]]:
@@ -320,9 +309,7 @@ class ClientHost:
         asked.tally.add(good, local)
         if not self._algorithm.keeps_payloads:
             local = local._replace(payload=Empty())
-        for row, index in enumerate(good):
-            one = trees.take_rows(local, slice(row, row + 1))
-            self._staged[index] = _Staged(asked.plan.round_index, one)
+        self._staged.put(good, local)
         cause = "its update holds NaN, infinity or values of 32768 and more: it diverged"
         bad = sorted(set(members) - set(good))
         return [ClientFailure(i, "local_update", cause, "diverged") for i in bad]

@@ -7,6 +7,7 @@ far as its memory allows. Results do not depend on it on a processor, and within
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +17,19 @@ from selffl_ray.gradients import RowEngine
 from selffl_ray.models.base import Model
 from selffl_ray.tasks import REGRESSION, Task
 
-CACHE_BYTES = 4 * 2**20
-"""A stack's parameters should fit into so much of a processor's cache."""
-MOST_ON_CPU = 20
-"""Taller stacks gain nothing on a processor."""
+
+class Room(NamedTuple):
+    """What a stack may take on a processor: so much cache for its parameters, so many rows."""
+
+    cache_bytes: int
+    most: int
+
+
+OWN_PASS = Room(8 * 2**20, 64)
+"""Of a model with a backward pass of its own; lower stacks pay more calls, taller ones gain
+nothing."""
+AUTOMATIC = Room(4 * 2**20, 20)
+"""Of other models: automatic differentiation keeps more of each row, 12 MiB of a recurrent one."""
 MOST_ON_GPU = 1024
 GPU_SHARE = 0.5
 """Part of an actor's device memory for a stack; the rest is for data, states and updates."""
@@ -34,8 +44,9 @@ def stack_on_cpu(model: Model) -> int:
     """Clients in a stack on a processor."""
     if not model.stacks_on_cpu:
         return 1
-    fits = CACHE_BYTES // (model.spec.dtype.itemsize * model.spec.num_params)
-    return int(np.clip(fits, 4, MOST_ON_CPU))
+    room = AUTOMATIC if model.forward is None else OWN_PASS
+    fits = room.cache_bytes // (model.spec.dtype.itemsize * model.spec.num_params)
+    return int(np.clip(fits, 4, room.most))
 
 
 def stack_on_gpu(model: Model, task: Task, batch_length: int, memory_bytes: int) -> int:
@@ -72,7 +83,7 @@ def _kept_bytes(model: Model, task: Task, batch_length: int) -> int:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    # A GPU leaves the backward pass to automatic differentiation.
+    # Only automatic differentiation tells what it keeps; a model's own pass keeps no more.
     engine = RowEngine(dataclasses.replace(model, forward=None), task, torch.device("cpu"))
     # The first call of a shape also tries out heights, which is not a row's.
     engine.loss_and_grad(theta, x, y, weight)

@@ -132,8 +132,9 @@ def plan_batches(stack: Stack, stream: str, steps_C: Tensor) -> BatchPlan:
     steps, length = int(steps_C.max()), stack.batch_length
     index = np.zeros((stack.num_clients, steps, length), dtype=np.int64)
     num = np.ones((stack.num_clients, steps), dtype=np.int64)
-    for row, client_id in enumerate(stack.client_ids):
-        examples, own = int(stack.train.num_C[row]), int(steps_C[row])
+    # Lists: a tensor's numbers one by one would take as long as the draws of a small client.
+    sizes = zip(stack.client_ids, stack.train.num_C.tolist(), steps_C.tolist(), strict=True)
+    for row, (client_id, examples, own) in enumerate(sizes):
         if own == 0:
             continue
         rng = generator(stack.seed, f"batches/{stream}", stack.round_index, client_id)
@@ -141,24 +142,31 @@ def plan_batches(stack: Stack, stream: str, steps_C: Tensor) -> BatchPlan:
             index[row, :own] = rng.integers(examples, size=(own, length))
             num[row, :own] = length
         else:
-            index[row, :own], num[row, :own] = _epochs(rng, examples, length, own)
+            _fill_epochs(rng, examples, index[row, :own], num[row, :own])
     device = stack.train.x.device
     return BatchPlan(torch.from_numpy(index).to(device), torch.from_numpy(num).to(device))
 
 
-def _epochs(
-    rng: np.random.Generator, examples: int, length: int, steps: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Batches cut from one permutation after the other; the last of each may be short."""
+def _fill_epochs(
+    rng: np.random.Generator, examples: int, index_SB: np.ndarray, num_S: np.ndarray
+) -> None:
+    """Batches cut from one permutation after the other; the last of each may be short.
+
+    Args:
+        index_SB, num_S: what is filled, contiguous: positions, 0 before, and numbers of examples.
+    """
+    steps, length = index_SB.shape
     per_epoch = math.ceil(examples / length)
-    epochs = math.ceil(steps / per_epoch)
-    order = np.tile(np.arange(examples), (epochs, 1))
+    whole, more = divmod(steps, per_epoch)
+    order = np.empty((whole + (more > 0), examples), np.int64)
+    order[:] = np.arange(examples)
     rng.permuted(order, axis=1, out=order)
-    padded = np.zeros((epochs, per_epoch * length), dtype=np.int64)
-    padded[:, :examples] = order
-    num = np.full((epochs, per_epoch), length, dtype=np.int64)
-    num[:, -1] = examples - (per_epoch - 1) * length
-    return padded.reshape(-1, length)[:steps], num.reshape(-1)[:steps]
+    cut = whole * per_epoch
+    index_SB[:cut].reshape(whole, per_epoch * length)[:, :examples] = order[:whole]
+    if more:
+        index_SB[cut:] = order[whole, : more * length].reshape(more, length)
+    num_S[:] = length
+    num_S[per_epoch - 1 :: per_epoch] = examples - (per_epoch - 1) * length
 
 
 def _batches(stack: Stack, plan: BatchPlan) -> _Batches:

@@ -25,9 +25,13 @@ from tests.contract.harness import as_allowed
 from tests.runtime.placements import prepared_with
 from tests.test_digests_local import CNN, DIGITS
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="torch sees no CUDA device on this machine"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="torch sees no CUDA device on this machine"
+    ),
+    # What the mode misses, torch says once; what it finds, it raises.
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
+]
 
 MODELS = {"mlp": DIGITS, "cnn": CNN}
 RESNET = (

@@ -30,9 +30,9 @@ GAUSSIAN = (
 )
 
 
-def model_of(num_params, *, stacks_on_cpu=True):
+def model_of(num_params, *, stacks_on_cpu=True, forward=None):
     spec = ParamSpec(("w",), ((num_params,),))
-    return Model(spec, SHAPE, lambda leaves, x: x, lambda rng: None, stacks_on_cpu)
+    return Model(spec, SHAPE, lambda leaves, x: x, lambda rng: None, stacks_on_cpu, forward)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,14 @@ def model_of(num_params, *, stacks_on_cpu=True):
 )
 def test_a_stack_on_a_processor_fits_four_mebibytes_within_4_and_20_rows(num_params, height):
     assert stack_on_cpu(model_of(num_params)) == height
+
+
+@pytest.mark.parametrize(
+    ("num_params", "height"), [(79_510, 26), (100, 64), (10**6, 4), (2**21 // 7 + 1, 6)]
+)
+def test_with_a_backward_pass_of_its_own_it_fits_eight_within_4_and_64(num_params, height):
+    own = model_of(num_params, forward=lambda leaves, x: (x, lambda grad, out: None))
+    assert stack_on_cpu(own) == height
 
 
 def test_convolutions_go_one_by_one_on_a_processor():

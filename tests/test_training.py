@@ -524,6 +524,13 @@ def test_an_epoch_covers_each_example_once_in_batches_of_which_the_last_may_be_s
         assert len(own[-1]) == number - (per_epoch - 1) * batch_size
 
 
+@settings(max_examples=40)
+@given(number=st.integers(1, 40), batch_size=st.integers(1, 12), steps=st.integers(1, 25))
+def test_fewer_steps_are_the_first_of_more_also_within_an_epoch(number, batch_size, steps):
+    stack = stack_of({"a": number}, TrainingConfig(batch_size=batch_size))
+    assert batches_of(stack, steps=steps) == batches_of(stack, steps=steps + 30)[:steps]
+
+
 def test_epochs_are_shuffled_anew():
     found = batches_of(stack_of({"a": 12}, TrainingConfig(batch_size=12)), steps=3)
     assert len({tuple(batch) for batch in found}) == 3

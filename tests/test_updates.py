@@ -126,9 +126,9 @@ def test_a_client_that_is_asked_twice_for_a_round_answers_the_same(method, keeps
     host, shared, request = ask(method)
     assert host._algorithm.keeps_payloads == keeps
     first = host.local_update(shared, (), request)
-    states = [dict(trees.leaves(s.local.state)) for s in host._staged.values()]
+    states = [dict(trees.leaves(host._staged.state(i))) for i in host._staged]
     assert same(first, host.local_update(shared, (), request))
-    again = [dict(trees.leaves(s.local.state)) for s in host._staged.values()]
+    again = [dict(trees.leaves(host._staged.state(i))) for i in host._staged]
     for one, other in zip(states, again, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
     # Some of them, as after a refusal: the others' updates stay what they were.
@@ -147,6 +147,5 @@ def test_a_client_that_is_asked_twice_for_a_round_answers_the_same(method, keeps
 def test_a_host_keeps_no_update_that_was_only_averaged():
     host, shared, request = ask("fedavg")
     host.local_update(shared, (), request)
-    assert [staged.local.payload for staged in host._staged.values()] == [Empty()] * len(
-        request.client_index
-    )
+    kept = [host._staged.payload(index) for index in host._staged]
+    assert kept == [Empty()] * len(request.client_index)
