@@ -248,8 +248,7 @@ def representable(rows_CP: Tensor) -> Tensor:
         return torch.ones(rows_CP.shape[0], dtype=torch.bool)
     # NaN compares false, and the largest and least of a row with NaN are NaN. Magnitudes would be
     # another pass, and memory for them.
-    fits = [(rows.amax(1) < LIMIT) & (rows.amin(1) > -LIMIT) for rows in in_blocks(rows_CP)]
-    return torch.cat(fits).cpu()
+    return ((rows_CP.amax(1) < LIMIT) & (rows_CP.amin(1) > -LIMIT)).cpu()
 
 
 def digest(tensors: Iterable[Tensor], numbers: Iterable[int | str] = ()) -> str:
