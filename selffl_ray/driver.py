@@ -248,7 +248,7 @@ def _reduce(
     run: Run, server: Any, plan: RoundPlan, answers: RoundAnswers
 ) -> tuple[Any, tuple[Tensor, ...], Reports]:
     """The reductions in order; those that the server weighs may change its state."""
-    rows = trees.concatenate([answers.reports[i] for i in answers.accepted.tolist()])
+    rows = trees.pick_rows([answers.reports[i] for i in answers.accepted.tolist()])
     reports = Reports(plan, answers.accepted, rows)
     means = iter(run.pool.mean_results(answers, plan, run.federation))
     sums: tuple[Tensor, ...] = ()

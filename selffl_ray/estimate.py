@@ -58,7 +58,7 @@ def _training_time(prepared: Prepared, plan: PlacementPlan, steps: int) -> str:
     # Each actor computes with one thread, and all of them together on the cores that they share.
     cores = max(1, round(sum(a.cpus for a in plan.actors)))
     workers = min(len(plan.actors), cores)
-    seconds = steps * step_seconds(prepared) / workers
+    seconds = steps * step_seconds(prepared, len(plan.actors)) / workers
     return f"training about {duration(seconds)} on {workers} cores, besides start-up and evaluation"
 
 
@@ -168,13 +168,18 @@ def num_steps(prepared: Prepared) -> int:
     )
 
 
-def step_seconds(prepared: Prepared) -> float:
-    """One client's gradient step in a stack of the usual height, the best of five."""
+def step_seconds(prepared: Prepared, hosts: int = 1) -> float:
+    """One client's gradient step in a stack of the usual height, the best of five.
+
+    Args:
+        hosts: how many share a round's clients.
+    """
     model, task = prepared.model, prepared.dataset.task
     engine = RowEngine(model, task, torch.device("cpu"))
     size_ = max(len(c.train) for c in prepared.clients)
     length = prepared.config.training.batch_length(size_)
-    count = min(prepared.run_spec.stack_size, len(prepared.clients))
+    together = -(-max(len(plan.cohort) for plan in prepared.plans) // max(1, hosts))
+    count = min(prepared.run_spec.stack_size, max(1, together))
     x, y, weight = blank_batch(model, task, count, length)
     theta = torch.from_numpy(prepared.run_spec.start_params).repeat(count, 1)
     best, threads = float("inf"), torch.get_num_threads()

@@ -22,6 +22,7 @@ Shape letters: C rows of a stack, B examples of a chunk, M clients.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -38,6 +39,9 @@ from selffl_ray.training import Rows
 
 CHUNK = 256
 """Longest chunk; a client's last one is padded to a power of two."""
+SLAB_BYTES = 32 * 2**20
+"""Inputs of chunks that are evaluated together on a processor: they are much longer than batches,
+for which the height of a stack is meant."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -108,12 +112,15 @@ def score_rows(
 
     Args:
         theta_CP: one row of parameters a client, or (1, P) for all.
-        stack_size: chunks evaluated together.
+        stack_size: chunks evaluated together at most.
     """
     score_C = torch.zeros(len(rows.num_C), dtype=torch.float64)
     loss_C = torch.zeros_like(score_C)
+    most = sys.maxsize if rows.x.device.type != "cpu" else SLAB_BYTES
+    each = rows.x[:1].nbytes
     for chunk in chunks_by_length(rows.num_C):
-        for row, index_CB, inside_CB in _slabs(chunk, stack_size):
+        height = min(stack_size, max(1, most // (chunk.length * each)))
+        for row, index_CB, inside_CB in _slabs(chunk, height):
             theta = theta_CP if theta_CP.shape[0] == 1 else theta_CP[row]
             x, y = rows.select(row).take(index_CB.to(rows.x.device))
             outputs = engine.outputs(theta, x)
@@ -127,11 +134,11 @@ def score_rows(
     return score_C, loss_C
 
 
-def _slabs(chunk: Chunk, stack_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(rows, positions, mask) of up to stack_size chunks of one length."""
+def _slabs(chunk: Chunk, height: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(rows, positions, mask) of up to ``height`` chunks of one length."""
     offset = torch.arange(chunk.length)
-    for at in range(0, len(chunk.row), stack_size):
-        pick = slice(at, at + stack_size)
+    for at in range(0, len(chunk.row), height):
+        pick = slice(at, at + height)
         inside = offset < chunk.num[pick].unsqueeze(1)
         index = torch.where(inside, chunk.start[pick].unsqueeze(1) + offset, 0)
         yield chunk.row[pick], index, inside

@@ -135,10 +135,11 @@ class StateLostError(Exception):
 class RoundAnswers:
     """What a cohort answered so far, over one or several attempts.
 
+    reports: of each client that answered: the tree that holds its report, and the row there.
     host_seconds: longest answer of each host. shapes: of the updates that are taken.
     """
 
-    reports: dict[int, Any]
+    reports: dict[int, tuple[Any, int]]
     loss: dict[int, float]
     gradients: dict[int, int]
     mean_totals: list[Tensor | None]
@@ -395,7 +396,7 @@ def _add(answers: RoundAnswers, host: int, answer: LocalAnswer) -> None:
     if answer.reports is not None:
         reports = trees.to_tensors(answer.reports)
         for row, index in enumerate(answer.client_index.tolist()):
-            answers.reports[index] = trees.take_rows(reports, slice(row, row + 1))
+            answers.reports[index] = (reports, row)
             answers.loss[index] = float(answer.loss[row])
             answers.gradients[index] = int(answer.gradients[row])
         for at, part in enumerate(answer.means):

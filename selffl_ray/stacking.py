@@ -26,8 +26,8 @@ class Room(NamedTuple):
 
 
 OWN_PASS = Room(8 * 2**20, 64)
-"""Of a model with a backward pass of its own; lower stacks pay more calls, taller ones gain
-nothing."""
+"""Of a model with a backward pass of its own; lower stacks pay more calls, taller ones leave the
+cache."""
 AUTOMATIC = Room(4 * 2**20, 20)
 """Of other models: automatic differentiation keeps more of each row, 12 MiB of a recurrent one."""
 MOST_ON_GPU = 1024
@@ -83,7 +83,7 @@ def _kept_bytes(model: Model, task: Task, batch_length: int) -> int:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    # Only automatic differentiation tells what it keeps; a model's own pass keeps no more.
+    # Only automatic differentiation tells what it keeps; a model's own pass must not keep more.
     engine = RowEngine(dataclasses.replace(model, forward=None), task, torch.device("cpu"))
     # The first call of a shape also tries out heights, which is not a row's.
     engine.loss_and_grad(theta, x, y, weight)

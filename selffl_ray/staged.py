@@ -10,9 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from selffl_ray import trees
 from selffl_ray.algorithms.base import Local
@@ -29,16 +26,8 @@ class Told(NamedTuple):
     """What an answer says of some clients' updates, a row each: reports (None of nobody)."""
 
     report: Any
-    loss_C: npt.NDArray[np.float64]
-    gradients_C: npt.NDArray[np.int64]
-
-
-class _Numbers(NamedTuple):
-    """The same of a whole stack."""
-
-    report: Any
-    loss_C: Tensor
-    gradients_C: Tensor
+    loss_C: Any
+    gradients_C: Any
 
 
 class Staged:
@@ -88,12 +77,10 @@ class Staged:
         if not index:
             return Told(None, np.empty(0), np.empty(0, np.int64))
         found = [self._rows[i] for i in index]
-        stacks = list({id(one.stack): one.stack for one in found}.values())
-        ends = np.cumsum([len(stack.loss_C) for stack in stacks]).tolist()
-        start = {id(s): end - len(s.loss_C) for s, end in zip(stacks, ends, strict=True)}
-        rows = torch.tensor([start[id(one.stack)] + one.row for one in found])
-        numbers = trees.concatenate([_Numbers(s.report, s.loss_C, s.gradients_C) for s in stacks])
-        report, loss_C, gradients_C = trees.to_arrays(trees.take_rows(numbers, rows))
+        stacks = {id(one.stack): one.stack for one in found}
+        told = {key: Told(s.report, s.loss_C, s.gradients_C) for key, s in stacks.items()}
+        picked = trees.pick_rows([(told[id(one.stack)], one.row) for one in found])
+        report, loss_C, gradients_C = trees.to_arrays(picked)
         return Told(report, loss_C.astype(np.float64), gradients_C.astype(np.int64))
 
     def _own(self, index: int, part: Any) -> Any:

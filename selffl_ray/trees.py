@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,35 @@ def concatenate(trees: Sequence[Any]) -> Any:
     if len(trees) == 1:
         return trees[0]
     return map_tree(lambda *parts: torch.cat(parts), *trees)
+
+
+def pick_rows(found: Sequence[tuple[Any, int]]) -> Any:
+    """One tree of single rows, each of (a tree, its row there), in order; at least one.
+
+    Trees that are the same object are taken together: a thousand rows of few trees cost what few
+    operations do, and each row is copied once.
+    """
+    parts: dict[int, _Part] = {}
+    for place, (tree, row) in enumerate(found):
+        part = parts.setdefault(id(tree), _Part(tree, [], []))
+        part.rows.append(row)
+        part.places.append(place)
+
+    def placed(*leaves: Tensor) -> Tensor:
+        out = leaves[0].new_empty((len(found), *leaves[0].shape[1:]))
+        for leaf, part in zip(leaves, parts.values(), strict=True):
+            out[part.places] = leaf[part.rows]
+        return out
+
+    return map_tree(placed, *(part.tree for part in parts.values()))
+
+
+class _Part(NamedTuple):
+    """A tree, the rows of it that are wanted, and the place of each in the result."""
+
+    tree: Any
+    rows: list[int]
+    places: list[int]
 
 
 def to_arrays(tree: Any) -> Any:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selffl_ray import evaluation
 from selffl_ray.errors import ConfigError
 from selffl_ray.evaluation import (
     ClientScores,
@@ -111,6 +112,32 @@ def test_scores_have_the_same_bits_in_any_grouping_into_stacks(stack_size):
         some = score_rows(engine, theta_CP[pick], rows.select(pick), "local", stack_size)
         for a, b in zip(whole, some, strict=True):
             assert torch.equal(a[pick], b)
+
+
+def test_so_many_chunks_are_evaluated_together_as_their_examples_have_room(monkeypatch):
+    engine, rows = engine_of(), made_up((600, 600, 600, 600, 40))
+    theta_CP = params_of(engine, len(rows.num_C))
+    seen = []
+
+    def outputs(theta, x):
+        seen.append((x.shape[1], len(x)))
+        return RowEngine.outputs(engine, theta, x)
+
+    monkeypatch.setattr(engine, "outputs", outputs)
+    found = {}
+    # Room for three of the longest chunks, for one number, and as it comes.
+    for room in (3 * 256 * 6 * 4, 1, evaluation.SLAB_BYTES):
+        monkeypatch.setattr(evaluation, "SLAB_BYTES", room)
+        seen.clear()
+        scores = score_rows(engine, theta_CP, rows, "local", stack_size=6)
+        found[tuple(seen)] = scores
+    by_room = [sorted(groups, reverse=True) for groups in found]
+    assert by_room[0] == [(256, 3), (256, 3), (256, 2), (128, 4), (64, 1)]
+    assert {height for _, height in by_room[1]} == {1}
+    assert by_room[2] == [(256, 6), (256, 2), (128, 4), (64, 1)]
+    one, *others = found.values()
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @settings(max_examples=60)

@@ -23,6 +23,7 @@ from selffl_ray.models.cnn import CNNConfig
 from selffl_ray.models.linear import LinearConfig
 from selffl_ray.models.mlp import MLPConfig
 from selffl_ray.registry import Component
+from selffl_ray.stacking import stack_on_cpu
 from selffl_ray.tasks import CLASSIFICATION, DataShape
 
 IMAGES = DataShape((1, 8, 8), 5)
@@ -156,6 +157,24 @@ def test_rows_have_the_same_bits_at_any_height_and_place(model, batch):
     assert_rows_keep_their_bits(model, batch)
 
 
+@pytest.mark.parametrize("batch", [1, 16, 32])
+@pytest.mark.parametrize(("inputs", "hidden"), [(784, 100), (64, 8), (30, 33), (784, 10)])
+def test_rows_of_the_tallest_stacks_have_the_bits_that_they_have_alone(inputs, hidden, batch):
+    model = built("mlp", MLPConfig(hidden=(hidden,)), DataShape((inputs,), 10))
+    tallest = stack_on_cpu(model)
+    assert tallest > 20
+    engine = engine_of(model)
+    theta_CP, x, y, weight = made_up(model, tallest, batch)
+    loss_C, grad_CP = engine.loss_and_grad(theta_CP, x, y, weight)
+    outputs = engine.outputs(theta_CP, x)
+    last = tallest - 1
+    for pick in ([0], [last], [7, last - 1], list(range(13)), list(range(last, last - 20, -1))):
+        some = engine.loss_and_grad(theta_CP[pick], x[pick], y[pick], weight[pick])
+        assert torch.equal(some[0], loss_C[pick])
+        assert torch.equal(some[1], grad_CP[pick])
+        assert torch.equal(engine.outputs(theta_CP[pick], x[pick]), outputs[pick])
+
+
 @pytest.mark.parametrize("batch", [1, 5, 20, 100, 256])
 def test_a_free_vector_of_parameters_has_the_same_bits_at_any_height_and_place(batch):
     assert_rows_keep_their_bits(VECTOR, batch)
@@ -253,7 +272,9 @@ def test_a_layer_of_one_unit_is_left_to_automatic_differentiation():
     assert built("mlp", MLPConfig(), DataShape((9,), 1)).forward is None
 
 
-def test_dense_networks_use_their_own_backward_pass_on_a_processor():
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_dense_networks_use_their_own_backward_pass_on_every_device(device):
+    """``meta`` stands in for a GPU."""
     calls = []
     model = built("mlp", MLPConfig(hidden=(5,)))
 
@@ -261,8 +282,9 @@ def test_dense_networks_use_their_own_backward_pass_on_a_processor():
         outputs, pull_back = model.forward(leaves, x)
         return outputs, lambda grad, out: calls.append(len(grad)) or pull_back(grad, out)
 
-    engine = engine_of(dataclasses.replace(model, forward=forward))
-    theta_CP, x, y, weight = made_up(model, 3, 4)
+    own = dataclasses.replace(model, forward=forward)
+    engine = RowEngine(own, CLASSIFICATION, torch.device(device))
+    theta_CP, x, y, weight = (part.to(device) for part in made_up(model, 3, 4))
     engine.loss_and_grad(theta_CP, x, y, weight)
     calls.clear()
     engine.loss_and_grad(theta_CP, x, y, weight)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from selffl_ray import trees
 
@@ -101,6 +103,22 @@ def test_concatenation_puts_rows_that_were_cut_back_together():
     assert trees.concatenate([built]) is built
     swapped = trees.concatenate([parts[2], parts[0]])
     assert swapped.inner.first_C.tolist() == [3, 0]
+
+
+@given(wanted=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=9))
+def test_rows_of_several_trees_are_picked_in_the_order_asked_for(wanted):
+    built = [tree(seed=seed) for seed in range(3)]
+    rows = [trees.take_rows(built[at], slice(row, row + 1)) for at, row in wanted]
+    picked = trees.pick_rows([(built[at], row) for at, row in wanted])
+    assert_same(picked, trees.concatenate(rows))
+    assert type(picked.nothing) is Empty
+
+
+def test_picked_rows_are_copies():
+    built = tree()
+    picked = trees.pick_rows([(built, 2)])
+    picked.plain_CP.zero_()
+    assert built.plain_CP[2].any()
 
 
 def test_arrays_and_back_is_the_same_tree():

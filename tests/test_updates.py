@@ -128,8 +128,8 @@ def test_a_client_that_is_asked_twice_for_a_round_answers_the_same(method, keeps
     first = host.local_update(shared, (), request)
     states = [dict(trees.leaves(host._staged.state(i))) for i in host._staged]
     assert same(first, host.local_update(shared, (), request))
-    again = [dict(trees.leaves(host._staged.state(i))) for i in host._staged]
-    for one, other in zip(states, again, strict=True):
+    trained = [dict(trees.leaves(host._staged.state(i))) for i in host._staged]
+    for one, other in zip(states, trained, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
     # Some of them, as after a refusal: the others' updates stay what they were.
     half = request.client_index[::2]
@@ -139,7 +139,12 @@ def test_a_client_that_is_asked_twice_for_a_round_answers_the_same(method, keeps
         per_client=trees.map_tree(lambda leaf: leaf[rows], request.per_client),
         mean_shares=tuple(share[rows] for share in request.mean_shares),
     )
-    host.local_update(shared, (), part)
+    again = host.local_update(shared, (), part)
+    for name in ("client_index", "loss", "gradients"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(first, name)[::2])
+    told = dict(trees.leaves(again.reports))
+    for name, leaf in trees.leaves(first.reports):
+        np.testing.assert_array_equal(told[name], leaf[::2])
     host._commit((Commit(request.plan.round_index, request.client_index),))
     assert sorted(host._staged) == request.client_index.tolist()
 

@@ -33,7 +33,9 @@ class Model:
     stacks_on_cpu: False if a taller stack is slower on a CPU (convolutions); rows then go one by
         one there.
     forward: what ``apply`` gives, bit for bit, and how a gradient of the outputs goes back to the
-        parameters. None leaves that to automatic differentiation, which allocates each gradient.
+        parameters, on any device and without waiting for it. Between the two it keeps no more than
+        automatic differentiation would, so its stacks may be taller. None leaves the way back to
+        that, which allocates each gradient.
     """
 
     spec: ParamSpec
