@@ -72,14 +72,17 @@ class ClientData:
 
         Rows that have finished then come last, and the rest of a stack is a slice.
         """
-        num = self._rows["train"].num_C.tolist()
-        keys = []
-        for i in index:
-            examples = num[self.place[i]]
-            keys.append((training.batch_length(examples), -training.steps(examples), i))
+        asked = np.fromiter(index, np.int64)
+        num = self._rows["train"].num_C.numpy()[self.places(asked.tolist())]
+        # Of each size once, in arrays: a key for each of many thousand clients would be more than
+        # what the host keeps of one.
+        sizes, which = np.unique(num, return_inverse=True)
+        lengths = np.array([training.batch_length(int(n)) for n in sizes], np.int64)[which]
+        steps = np.array([training.steps(int(n)) for n in sizes], np.int64)[which]
+        order = np.lexsort((asked, -steps, lengths))
         stacks: list[list[int]] = []
         length_before = None
-        for length, _, i in sorted(keys):
+        for length, i in zip(lengths[order].tolist(), asked[order].tolist(), strict=True):
             if length != length_before or len(stacks[-1]) == size:
                 stacks.append([])
             stacks[-1].append(i)
