@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,7 +40,7 @@ def test_stacks_hold_the_asked_clients_of_one_batch_length_by_descending_steps(
         assert keys == sorted(keys)
     heads = [training.batch_length(num[stack[0]]) for stack in stacks]
     assert heads == sorted(heads)
-    for stack, following in zip(stacks, stacks[1:], strict=False):
+    for stack, following in pairwise(stacks):
         same = training.batch_length(num[stack[0]]) == training.batch_length(num[following[0]])
         assert len(stack) == size or not same, "a stack is full before the next begins"
 
