@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -49,7 +50,13 @@ def _on_gpus(prepared: Prepared, plan: PlacementPlan) -> bool:
 def _stacks(prepared: Prepared, plan: PlacementPlan) -> str:
     if prepared.config.placement.stack_size == "auto" and _on_gpus(prepared, plan):
         return "stacks as tall as the GPUs' memory allows"
-    return f"stacks of {prepared.run_spec.stack_size}"
+    return f"stacks of up to {_height(prepared, len(plan.actors))}"
+
+
+def _height(prepared: Prepared, hosts: int) -> int:
+    """Clients in the tallest stack, where so many hosts share a round's clients."""
+    together = math.ceil(max(len(plan.cohort) for plan in prepared.plans) / hosts)
+    return min(prepared.run_spec.stack_size, max(1, together))
 
 
 def _training_time(prepared: Prepared, plan: PlacementPlan, steps: int) -> str:
@@ -169,7 +176,7 @@ def num_steps(prepared: Prepared) -> int:
 
 
 def step_seconds(prepared: Prepared, hosts: int = 1) -> float:
-    """One client's gradient step in a stack of the usual height, the best of five.
+    """One client's gradient step in the tallest stack, the best of five.
 
     Args:
         hosts: how many share a round's clients.
@@ -178,8 +185,7 @@ def step_seconds(prepared: Prepared, hosts: int = 1) -> float:
     engine = RowEngine(model, task, torch.device("cpu"))
     size_ = max(len(c.train) for c in prepared.clients)
     length = prepared.config.training.batch_length(size_)
-    together = -(-max(len(plan.cohort) for plan in prepared.plans) // max(1, hosts))
-    count = min(prepared.run_spec.stack_size, max(1, together))
+    count = _height(prepared, hosts)
     x, y, weight = blank_batch(model, task, count, length)
     theta = torch.from_numpy(prepared.run_spec.start_params).repeat(count, 1)
     best, threads = float("inf"), torch.get_num_threads()
