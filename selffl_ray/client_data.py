@@ -1,7 +1,12 @@
-"""The examples of a host's clients, read from the store once and kept as tensors."""
+"""The examples of a host's clients, read from the store once and kept as tensors.
+
+Clients may leave and others come. What leaves stays where it lies until its room is needed: moving
+a few clients must not copy the examples of all.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from selffl_ray.datasets.base import Dataset
 from selffl_ray.datasets.splits import ClientRows
@@ -18,9 +24,64 @@ from selffl_ray.messages import DataSpec, Split
 from selffl_ray.registry import datasets
 from selffl_ray.training import Rows, TrainingConfig
 
+SLACK = 1.25
+"""Room over what a split's examples need: on processors memory that is not written to is free."""
+
+
+class _Examples:
+    """Examples of one split, a client after the other; where each client's lie is in ``at``.
+
+    Args:
+        x, y: no examples, of the shapes and types that there would be.
+        device: where the examples are kept.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, device: torch.device) -> None:
+        self.x, self.y = x, y
+        self.at: dict[int, tuple[int, int]] = {}
+        self.used = 0
+        self._device = device
+
+    def add(self, index: int, x: npt.NDArray[Any], y: npt.NDArray[Any], more: int) -> None:
+        """A client's examples, behind all others.
+
+        Args:
+            more: examples that are to come from here on, these among them.
+        """
+        if self.used + len(x) > len(self.x):
+            self._make_room(x, y, more)
+        place = slice(self.used, self.used + len(x))
+        self.x[place] = torch.from_numpy(x)
+        self.y[place] = torch.from_numpy(y)
+        self.at[index] = (self.used, len(x))
+        self.used += len(x)
+
+    def _make_room(self, x: npt.NDArray[Any], y: npt.NDArray[Any], more: int) -> None:
+        """Other tensors with what is still wanted, and room."""
+        old_x, old_y = self.x, self.y
+        kept = sum(num for _, num in self.at.values())
+        slack = SLACK if self._device.type == "cpu" else 1.0
+        room = math.ceil((kept + more) * slack)
+        self.x, self.y = self._empty(room, x), self._empty(room, y)
+        self.used = 0
+        for index, (start, num) in self.at.items():
+            old, new = slice(start, start + num), slice(self.used, self.used + num)
+            self.x[new], self.y[new] = old_x[old], old_y[old]
+            self.at[index] = (self.used, num)
+            self.used += num
+
+    def _empty(self, room: int, like: npt.NDArray[Any]) -> Tensor:
+        # NumPy's, as torch may fill what it makes, and then all of it is taken from the machine.
+        return torch.from_numpy(np.empty((room, *like.shape[1:]), like.dtype)).to(self._device)
+
+    def rows(self, clients: Iterable[int]) -> Rows:
+        """The examples of these clients, in their order."""
+        at = torch.tensor([self.at[i] for i in clients], dtype=torch.int64).reshape(-1, 2)
+        return Rows(self.x, self.y, at[:, 0].contiguous(), at[:, 1].contiguous())
+
 
 class ClientData:
-    """Examples of some clients on one device, a client after the other in index order.
+    """Examples of some clients on one device.
 
     Args:
         spec: which store, and the digest that it must have.
@@ -35,7 +96,19 @@ class ClientData:
         self, spec: DataSpec, clients: Mapping[int, ClientRows], device: torch.device
     ) -> None:
         self.dataset: Dataset = datasets.make(spec.dataset)
-        options = datasets.options(spec.dataset)
+        self._spec = spec
+        self._device = device
+        self.clients: dict[int, ClientRows] = {}
+        store = self._open()
+        # Examples of nobody yet; they have the shapes of the store's rows until there are some.
+        x = torch.empty((0, *store.manifest.x_shape), device=device)
+        y = torch.empty((0, *store.manifest.y_shape), dtype=torch.int64, device=device)
+        self._examples = {split: _Examples(x, y, device) for split in ("train", "val", "test")}
+        self._take_in(store, clients)
+
+    def _open(self) -> Store:
+        options = datasets.options(self._spec.dataset)
+        spec = self._spec
         store = prepare(self.dataset, options, spec.source, spec.seed, Path(spec.root))
         if store.manifest.digest != spec.digest:
             raise DataError(
@@ -43,18 +116,56 @@ class ClientData:
                 f"{store.manifest.digest[:12]} instead of {spec.digest[:12]}); put the same source "
                 "files on every node"
             )
-        self.clients = dict(sorted(clients.items()))
+        return store
+
+    def admit(self, clients: Mapping[int, ClientRows]) -> None:
+        """Read the examples of clients that come.
+
+        Raises:
+            DataError: the store on this machine holds other data than the driver's.
+        """
+        self._take_in(self._open(), clients)
+
+    def release(self, index: Iterable[int]) -> None:
+        """Let clients go."""
+        for i in index:
+            del self.clients[i]
+            for examples in self._examples.values():
+                del examples.at[i]
+        self._number()
+
+    def _take_in(self, store: Store, clients: Mapping[int, ClientRows]) -> None:
+        for split, examples in self._examples.items():
+            wanted = {i: getattr(c, split) for i, c in sorted(clients.items())}
+            more = sum(map(len, wanted.values()))
+            for i, rows in wanted.items():
+                if len(rows):
+                    examples.add(i, *self._read(store, rows, clients[i].quarter_turns), more)
+                    more -= len(rows)
+                else:
+                    examples.at[i] = (0, 0)
+        self.clients = dict(sorted((self.clients | dict(clients)).items()))
+        self._number()
+
+    def _number(self) -> None:
         self.place = {index: place for place, index in enumerate(self.clients)}
-        self._device = device
-        self._rows = {
-            split: self._read(store, [getattr(c, split) for c in self.clients.values()])
-            for split in ("train", "val", "test")
-        }
+        self._rows = {split: own.rows(self.clients) for split, own in self._examples.items()}
+
+    def _read(
+        self, store: Store, rows: npt.NDArray[np.int64], quarter_turns: int
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        x, y = store.read(rows)
+        if quarter_turns:
+            x = np.rot90(x, quarter_turns, axes=(-2, -1))
+        return np.ascontiguousarray(self.dataset.features(x)), y
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all examples."""
-        return sum(r.x.nbytes + r.y.nbytes for r in self._rows.values())
+        """Bytes of the examples of all clients."""
+        return sum(
+            int(rows.num_C.sum()) * (rows.x[:1].nbytes + rows.y[:1].nbytes)
+            for rows in self._rows.values()
+        )
 
     def places(self, members: Sequence[int]) -> list[int]:
         """Places of clients, by index, within the rows of a split."""
@@ -88,25 +199,3 @@ class ClientData:
             stacks[-1].append(i)
             length_before = length
         return stacks
-
-    def _read(self, store: Store, wanted: Sequence[npt.NDArray[np.int64]]) -> Rows:
-        num = torch.tensor([len(rows) for rows in wanted], dtype=torch.int64)
-        start = torch.cumsum(num, 0) - num
-        x: npt.NDArray[Any] = np.empty((0, *store.manifest.x_shape), np.float32)
-        y: npt.NDArray[Any] = np.empty((0, *store.manifest.y_shape), np.int64)
-        for at, rows, client in zip(start.tolist(), wanted, self.clients.values(), strict=True):
-            if not len(rows):
-                continue
-            part_x, part_y = store.read(rows)
-            if client.quarter_turns:
-                part_x = np.rot90(part_x, client.quarter_turns, axes=(-2, -1))
-            part_x = self.dataset.features(part_x)
-            if not len(x):
-                # Filled client by client: joining the clients' arrays at the end would take twice
-                # the memory, and much of it stays with the process.
-                x = np.empty((int(num.sum()), *part_x.shape[1:]), part_x.dtype)
-                y = np.empty((int(num.sum()), *part_y.shape[1:]), part_y.dtype)
-            x[at : at + len(rows)], y[at : at + len(rows)] = part_x, part_y
-        return Rows(
-            torch.from_numpy(x).to(self._device), torch.from_numpy(y).to(self._device), start, num
-        )

@@ -44,6 +44,7 @@ from selffl_ray.flat import digest
 from selffl_ray.messages import ClientFailure, Commit, Split
 from selffl_ray.participation import DROPPED, LATE, PARTIAL, RoundPlan
 from selffl_ray.pool import ClientPool, HostLost, RoundAnswers, StateLostError
+from selffl_ray.rebalancer import Rebalancer
 from selffl_ray.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class Run:
     """What the loop needs: a method on a federation, the clients, plans and policies.
 
     note: told what goes wrong, as it happens. renewed: (round, client) of hosts that were replaced
-    because they ran out of memory.
+    because they ran out of memory. rebalancer: moves clients between hosts, if it may.
     """
 
     algorithm: Algorithm
@@ -104,6 +105,7 @@ class Run:
     task: Task
     note: Callable[[Event], None] = lambda event: None
     renewed: frozenset[tuple[int, int]] = frozenset()
+    rebalancer: Rebalancer | None = None
 
 
 def run_rounds(
@@ -144,8 +146,12 @@ def run_rounds(
 
 def _train(run: Run, server: Any, plan: RoundPlan) -> tuple[RoundAnswers, Any, Record]:
     """One round of a cohort: its answers, the next server, and what the aggregation tells."""
+    if run.rebalancer is not None:
+        run.rebalancer.move(plan, len(run.plans) - plan.round_index)
     message = run.algorithm.broadcast(server, plan)
     answers = _ask_cohort(run, plan, message)
+    if run.rebalancer is not None:
+        run.rebalancer.take(answers)
     run.pool.accept(Commit(plan.round_index, answers.accepted))
     before = _shapes(server)
     server, sums, reports = _reduce(run, server, plan, answers)

@@ -169,7 +169,7 @@ def _open_pool(
 
     shell = ActorShell(config.placement.device, label, (config.plugins, plugin_folder))
     transport = RayTransport(plan, shell, config.faults.client_timeout_s, started)
-    return ClientPool(transport, plan.homes), transport.where
+    return ClientPool(transport, plan.homes, plan.kinds), transport.where
 
 
 class _Relay(logging.Handler):

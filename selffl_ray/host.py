@@ -56,7 +56,7 @@ from selffl_ray.models.build import build_model
 from selffl_ray.participation import RoundPlan
 from selffl_ray.registry import algorithms
 from selffl_ray.staged import Staged
-from selffl_ray.states import MemoryStates, States, open_states
+from selffl_ray.states import MemoryStates, States, open_states, put_rows, saved_rows
 from selffl_ray.training import Stack
 from selffl_ray.updates import Tally, check_rows, failure_kind, usable_rows
 
@@ -240,19 +240,44 @@ class ClientHost:
         self._commit(commits)
         index = sorted(self._changed) if changed_only else self._states.indices()
         self._changed = set()
-        if not index:
-            return None
-        rows = trees.concatenate([self._states[i] for i in index])
-        return StateRows(np.asarray(index, np.int64), trees.to_arrays(rows))
+        return saved_rows(self._states, index)
 
     def import_states(self, rows: StateRows | None) -> None:
         """Replace all states by saved rows of this host's clients."""
         self._forget()
-        if rows is None:
-            return
-        tensors = trees.to_tensors(rows.state, self.device)
-        for at, index in enumerate(rows.client_index.tolist()):
-            self._states.put(index, trees.take_rows(tensors, slice(at, at + 1)))
+        if rows is not None:
+            put_rows(self._states, rows, self.device)
+
+    # -- between two rounds ---------------------------------------------------------------------
+
+    def release(self, commits: Commits, index: Indices) -> StateRows | None:
+        """Let clients go to another home; the state rows of those that have one."""
+        self._commit(commits)
+        kept = [i for i in index.tolist() if i in self._states]
+        rows = saved_rows(self._states, kept)
+        for i in index.tolist():
+            self._states.remove(i)
+            self._changed.discard(i)
+        self._data.release(index.tolist())
+        self._rows = self._data.rows(self._engine.model.spec.dtype)
+        return rows
+
+    def admit(
+        self, commits: Commits, clients: dict[int, ClientRows], rows: StateRows | None
+    ) -> None:
+        """Take clients in: read their examples, and go on from their states.
+
+        Raises:
+            DataError: the store on this machine holds other data than the driver's.
+        """
+        self._commit(commits)
+        self._data.admit(clients)
+        self._rows = self._data.rows(self._engine.model.spec.dtype)
+        self._states.admit(clients)
+        if rows is not None:
+            put_rows(self._states, rows, self.device)
+            # Whether the last checkpoint has them only their last home knew.
+            self._changed |= set(rows.client_index.tolist())
 
     # -- inside ---------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -40,6 +41,7 @@ from selffl_ray.messages import (
     StateRows,
 )
 from selffl_ray.participation import RoundPlan
+from selffl_ray.states import joined_rows, rows_at
 from selffl_ray.updates import agreeing
 
 logger = logging.getLogger(__name__)
@@ -165,23 +167,39 @@ class ClientPool:
     Args:
         transport: reaches the hosts.
         homes: host of every client, by client index (those that take part, then new ones).
+        kinds: of every host; clients move between hosts of one kind only. All alike by default.
+
+    Attributes:
+        load_s: seconds that reading the examples took.
     """
 
-    def __init__(self, transport: Transport, homes: Sequence[int]) -> None:
+    def __init__(
+        self, transport: Transport, homes: Sequence[int], kinds: Sequence[float] | None = None
+    ) -> None:
         self.transport = transport
         self.homes = np.asarray(homes, np.int64)
+        self.kinds = kinds if kinds is not None else [0.0] * transport.num_hosts
+        self.load_s = 0.0
+        self._half_moved: set[int] = set()
         self._data: tuple[DataSpec, Sequence[ClientRows]] | None = None
         self._run: RunSpec | None = None
         self._algorithm: Algorithm | None = None
         self._commits: dict[int, list[Commit]] = {}
         self._memory: dict[int, int] = {}
 
+    @property
+    def movable(self) -> bool:
+        """Whether there is more than one host, and one that several clients are at home at."""
+        return 1 < self.transport.num_hosts < len(self.homes)
+
     # -- set-up ---------------------------------------------------------------------------------
 
     def load(self, spec: DataSpec, clients: Sequence[ClientRows]) -> None:
         """Have every host read its clients' examples."""
         self._data = (spec, clients)
+        began = time.perf_counter()
         self._load(range(self.transport.num_hosts))
+        self.load_s = time.perf_counter() - began
 
     def _load(self, hosts: Sequence[int] | range) -> None:
         assert self._data is not None
@@ -191,19 +209,23 @@ class ClientPool:
             for h in hosts
         }
         self._all(self.transport.call("load", arguments))
+        self._half_moved -= set(hosts)
 
     def begin(self, spec: RunSpec, algorithm: Algorithm) -> None:
         """Start a run of a method: hosts forget the last one."""
         self._run, self._algorithm = spec, algorithm
         self._commits = {}
+        if self._half_moved:
+            self._load(sorted(self._half_moved))
         hosts = range(self.transport.num_hosts)
         self._all(self.transport.call("begin", dict.fromkeys(hosts, ()), spec))
 
     def revive(self, lost: Sequence[HostLost]) -> None:
         """Replace lost hosts and bring them to the start of the run."""
         assert self._run is not None
-        hosts = sorted({item.host for item in lost})
-        self.transport.restart(hosts)
+        fresh = {item.host for item in lost}
+        self.transport.restart(sorted(fresh))
+        hosts = sorted(fresh | self._half_moved)
         self._load(hosts)
         self._all(self.transport.call("begin", dict.fromkeys(hosts, ()), self._run))
 
@@ -218,6 +240,30 @@ class ClientPool:
         """Positions within ``index`` of the clients of each host."""
         homes = self.homes[index]
         return {int(h): np.flatnonzero(homes == h) for h in np.unique(homes)}
+
+    def move(self, index: Indices, to: Indices) -> None:
+        """Give clients other homes between two rounds: examples are read there, states go along.
+
+        Args:
+            index: clients; to: the new home of each.
+
+        Raises:
+            StateLostError: a host was lost; the others that took part read their examples anew.
+        """
+        assert self._data is not None, "load() comes first"
+        leaving = {host: (index[at],) for host, at in self._by_home(index).items()}
+        self._half_moved |= {*leaving, *to.tolist()}
+        released = self._ask("release", leaving).values()
+        self.homes[index] = to
+        clients = self._data[1]
+        arriving = {}
+        for host, at in self._by_home(index).items():
+            here = self.homes == host
+            parts = [p for rows in released if rows and (p := rows_at(rows, here)) is not None]
+            own = {i: clients[i] for i in index[at].tolist()}
+            arriving[host] = (own, joined_rows(parts))
+        self._ask("admit", arriving)
+        self._half_moved = set()
 
     # -- one round ------------------------------------------------------------------------------
 
@@ -355,8 +401,8 @@ class ClientPool:
         arguments: dict[int, tuple[Any, ...]] = {}
         for host in range(self.transport.num_hosts):
             here = self.homes == host
-            parts = [part for rows in saved if (part := _rows_at(rows, here)) is not None]
-            arguments[host] = (_concatenate(parts),)
+            parts = [part for rows in saved if (part := rows_at(rows, here)) is not None]
+            arguments[host] = (joined_rows(parts),)
         self._all(self.transport.call("import_states", arguments))
 
     def close(self) -> None:
@@ -381,17 +427,6 @@ def mean_shares(by: str, cohort: Indices, federation: Federation) -> npt.NDArray
     return np.asarray(num / num.sum())
 
 
-def balanced_homes(work: Sequence[float], num_hosts: int) -> list[int]:
-    """Host of each client: the largest first, each to the host with the least work so far."""
-    load = np.zeros(num_hosts)
-    homes = np.zeros(len(work), np.int64)
-    for client in np.argsort(-np.asarray(work), kind="stable"):
-        host = int(np.argmin(load))
-        homes[client] = host
-        load[host] += work[client]
-    return [int(h) for h in homes]
-
-
 def _add(answers: RoundAnswers, host: int, answer: LocalAnswer) -> None:
     if answer.reports is not None:
         reports = trees.to_tensors(answer.reports)
@@ -406,18 +441,3 @@ def _add(answers: RoundAnswers, host: int, answer: LocalAnswer) -> None:
     answers.failing |= {failure.client_index: failure for failure in answer.failures}
     answers.faults += len(answer.failures)
     answers.host_seconds[host] = max(answers.host_seconds.get(host, 0.0), answer.seconds)
-
-
-def _rows_at(rows: StateRows, here: npt.NDArray[np.bool_]) -> StateRows | None:
-    keep = np.flatnonzero(here[rows.client_index])
-    if not len(keep):
-        return None
-    return StateRows(rows.client_index[keep], trees.map_tree(lambda leaf: leaf[keep], rows.state))
-
-
-def _concatenate(parts: Sequence[StateRows]) -> StateRows | None:
-    if not parts:
-        return None
-    index = np.concatenate([p.client_index for p in parts])
-    state = trees.map_tree(lambda *leaf: np.concatenate(leaf), *(p.state for p in parts))
-    return StateRows(index, state)

@@ -32,6 +32,7 @@ from selffl_ray.exported_models import write_models
 from selffl_ray.flat import digest
 from selffl_ray.participation import RoundPlan, plan_digest
 from selffl_ray.pool import ClientPool, HostLost, StateLostError
+from selffl_ray.rebalancer import Rebalancer
 from selffl_ray.run_writer import RunWriter, changed
 from selffl_ray.runtime.actors import Control
 from selffl_ray.stopping import StopRule, seconds_of
@@ -116,6 +117,16 @@ class RunLoop:
             prepared.config.faults,
             prepared.dataset.task,
             self._note,
+            rebalancer=self._rebalancer(),
+        )
+
+    def _rebalancer(self) -> Rebalancer | None:
+        if not (self._prepared.config.placement.rebalance and self._pool.movable):
+            return None
+        return Rebalancer(
+            self._pool,
+            self._prepared.federation,
+            lambda text: self._control.emit(Message(text)),
         )
 
     def _note(self, event: Event) -> None:
@@ -133,6 +144,8 @@ class RunLoop:
         finally:
             unrecorded = self._events.outside_rows()
             self._writer.unrecorded = [event._asdict() for event in unrecorded]
+            if self._run.rebalancer is not None:
+                self._writer.clients_moved = self._run.rebalancer.num_moved
 
     def _go(self) -> str:
         lost: tuple[HostLost, ...] = ()

@@ -126,6 +126,7 @@ class RunWriter:
         self.schedule = job.schedule
         self.restart = job.restart
         self.event_log = EventLog(self.folder)
+        self.clients_moved = 0
         self.unrecorded = self._earlier_events() if job.resume else ()
         """Events that no row of a round has, for ``summary.json``; at first what an earlier part of
         the run left in it and in the log, some of which rows may have."""
@@ -265,5 +266,6 @@ class RunWriter:
             "error": error,
             "folder": str(self.folder),
             **({"events": list(self.unrecorded)} if self.unrecorded else {}),
+            **({"clients_moved": self.clients_moved} if self.clients_moved else {}),
             **({"schedule": list(self.schedule)} if self.schedule else {}),
         }

@@ -10,6 +10,7 @@ go with it, however it ends. A checkpoint is what a run goes on from, never thes
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import weakref
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from selffl_ray import trees
 from selffl_ray.errors import RunError
+from selffl_ray.messages import StateRows
 
 
 class States(Protocol):
@@ -45,6 +47,14 @@ class States(Protocol):
 
     def put(self, index: int, row: Any) -> None:
         """Replace the client's row by this one, in storage of its own."""
+        ...
+
+    def admit(self, index: Iterable[int]) -> None:
+        """Have room for clients that move here."""
+        ...
+
+    def remove(self, index: int) -> None:
+        """Let go of a client that moves away, and of its row if it has one."""
         ...
 
     def indices(self) -> list[int]:
@@ -69,6 +79,13 @@ class MemoryStates(States):
     def put(self, index: int, row: Any) -> None:
         """Replace the client's row by this one, in storage of its own."""
         self._rows[index] = trees.map_tree(_own, row)
+
+    def admit(self, index: Iterable[int]) -> None:
+        """There is always room."""
+
+    def remove(self, index: int) -> None:
+        """Let go of a client that moves away, and of its row if it has one."""
+        self._rows.pop(index, None)
 
     def indices(self) -> list[int]:
         """Clients that have a row, ascending."""
@@ -104,6 +121,8 @@ class DiskStates(States):
     def __init__(self, folder: Path, clients: Sequence[int], device: torch.device) -> None:
         self._folder = folder
         self._place = {index: place for place, index in enumerate(sorted(clients))}
+        self._num_places = len(self._place)
+        self._left: list[int] = []
         self._device = device
         self._present: set[int] = set()
         self._like: Any = None
@@ -134,11 +153,30 @@ class DiskStates(States):
             for leaf, array in zip(self._leaves, arrays, strict=True):
                 _write(leaf, self._place[index], array)
         except OSError as error:
-            raise RunError(
-                f"placement.state_store: disk cannot write to {self._folder}: {error}; make room "
-                "there, or use memory"
-            ) from error
+            raise self._unwritable(error) from error
         self._present.add(index)
+
+    def admit(self, index: Iterable[int]) -> None:
+        """Have a place for clients that move here: one that another has left, or a new one.
+
+        Raises:
+            RunError: the files cannot be made longer.
+        """
+        for client in index:
+            if self._left:
+                self._place[client] = self._left.pop()
+            else:
+                self._place[client] = self._num_places
+                self._num_places += 1
+        try:
+            self._leaves = [self._as_long_as_needed(leaf) for leaf in self._leaves]
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def remove(self, index: int) -> None:
+        """Let go of a client that moves away; its place is the next one's that comes."""
+        self._left.append(self._place.pop(index))
+        self._present.discard(index)
 
     def indices(self) -> list[int]:
         """Clients that have a row, ascending."""
@@ -149,12 +187,22 @@ class DiskStates(States):
         # Unlike a mapping, a file that is written to can say that the disk is full.
         file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
         weakref.finalize(self, file.close)
-        size = len(self._place) * row.nbytes
-        if not size:
-            return _Leaf(file, row.shape, row.dtype, None)
-        file.truncate(size)
-        shape = (len(self._place), *row.shape[1:])
-        return _Leaf(file, row.shape, row.dtype, np.memmap(file, row.dtype, "r", 0, shape))
+        return self._as_long_as_needed(_Leaf(file, row.shape, row.dtype, None))
+
+    def _as_long_as_needed(self, leaf: _Leaf) -> _Leaf:
+        """The leaf with a place for every client, mapped."""
+        shape = (self._num_places, *leaf.shape[1:])
+        size = math.prod(shape) * leaf.dtype.itemsize
+        if not size or (leaf.mapped is not None and leaf.mapped.shape == shape):
+            return leaf
+        leaf.file.truncate(size)
+        return leaf._replace(mapped=np.memmap(leaf.file, leaf.dtype, "r", 0, shape))
+
+    def _unwritable(self, error: OSError) -> RunError:
+        return RunError(
+            f"placement.state_store: disk cannot write to {self._folder}: {error}; make room "
+            "there, or use memory"
+        )
 
     def _read(self, leaf: _Leaf, place: int) -> Tensor:
         if leaf.mapped is None:
@@ -176,3 +224,39 @@ def _write(leaf: _Leaf, place: int, row: npt.NDArray[Any]) -> None:
     while len(data):
         written = os.pwrite(leaf.file.fileno(), data, at)
         data, at = data[written:], at + written
+
+
+def saved_rows(states: States, index: Sequence[int]) -> StateRows | None:
+    """Rows of clients that have one, as they travel; None of nobody."""
+    if not index:
+        return None
+    rows = trees.concatenate([states[i] for i in index])
+    return StateRows(np.asarray(index, np.int64), trees.to_arrays(rows))
+
+
+def put_rows(states: States, rows: StateRows, device: torch.device) -> None:
+    """Replace the rows of these clients."""
+    tensors = trees.to_tensors(rows.state, device)
+    for at, index in enumerate(rows.client_index.tolist()):
+        states.put(index, trees.take_rows(tensors, slice(at, at + 1)))
+
+
+def rows_at(rows: StateRows, here: npt.NDArray[np.bool_]) -> StateRows | None:
+    """The rows of some clients.
+
+    Args:
+        here: whether a client's is wanted, by client index.
+    """
+    keep = np.flatnonzero(here[rows.client_index])
+    if not len(keep):
+        return None
+    return StateRows(rows.client_index[keep], trees.map_tree(lambda leaf: leaf[keep], rows.state))
+
+
+def joined_rows(parts: Sequence[StateRows]) -> StateRows | None:
+    """All rows; None of nobody."""
+    if not parts:
+        return None
+    index = np.concatenate([p.client_index for p in parts])
+    state = trees.map_tree(lambda *leaf: np.concatenate(leaf), *(p.state for p in parts))
+    return StateRows(index, state)

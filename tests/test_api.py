@@ -23,11 +23,13 @@ from selffl_ray import (
     api,
     execution,
     load_config,
+    rebalancer,
     run_comparison,
     run_experiment,
     run_loop,
 )
 from selffl_ray.api import Interrupt, make_job, new_folder, parse_method
+from selffl_ray.balance import Proposal
 from selffl_ray.checkpoint import latest_checkpoint
 from selffl_ray.errors import ConfigError, DataError, DriverLostError, RunError, UsageError
 from selffl_ray.experiment import Prepared, prepare_experiment
@@ -498,6 +500,8 @@ FRAGILE = (
     "training.num_rounds=6",
     "checkpoint.every=2",
     "training.participation_rate=0.6",
+    # Which clients a host that is lost takes along is known, and how many calls there are.
+    "placement.rebalance=false",
 )
 TWO_HOSTS = PlacementPlan((ActorPlan((0, 3, 4), 0, 0), ActorPlan((1, 2), 0, 0)), 0, "", "local")
 
@@ -538,6 +542,32 @@ def test_a_host_that_is_lost_at_any_call_is_replaced_and_the_run_ends_with_the_s
         lived_there = TWO_HOSTS.actors[Losing.restarted[0]].clients
         wanted = np.isin(cohorts[told[0]], lived_there).sum()
         assert result.rounds["faults"].tolist() == [wanted * (r == told[0]) for r in range(6)]
+
+
+@pytest.mark.slow
+def test_a_host_that_is_lost_while_clients_move_is_replaced_and_the_bits_stay(
+    losing, tmp_path, whole, monkeypatch
+):
+    """Before every round all clients change places, whatever was measured."""
+
+    def swapped(measured, homes_M, kind_H):
+        return Proposal(1 - homes_M, np.inf)
+
+    monkeypatch.setattr(rebalancer, "evened", swapped)
+    moving = (*FRAGILE, "placement.rebalance=true")
+    lost_in: set[str] = set()
+    losing()
+    result = run_experiment(config(*moving), output=tmp_path / "moving")
+    assert digests(result) == digests(whole)
+    assert (result.summary["clients_moved"], whole.summary.get("clients_moved")) == (5 * 6, None)
+    for call in range(2, Losing.calls + 1):
+        losing(call)
+        result = run_experiment(config(*moving), output=tmp_path / f"lost-at-{call}")
+        assert digests(result) == digests(whole), call
+        assert result.summary["clients_moved"] >= 5 * 6
+        (event,) = [e for text in result.rounds["events"] for e in json.loads(text)]
+        lost_in.add(event["cause"])
+    assert {"lost in release", "lost in admit"} < lost_in
 
 
 def test_a_host_that_is_lost_again_while_it_is_replaced_is_replaced_again(losing, tmp_path, whole):

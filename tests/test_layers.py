@@ -24,7 +24,8 @@ LAYERS = {
     1: "tasks training training_config stopping trouble availability gradients evaluation "
     "participation registry datasets models estimators stacking",
     2: "algorithms",
-    3: "messages updates client_data states staged host pool events faults driver",
+    3: "messages updates client_data states staged host balance pool rebalancer events faults "
+    "driver",
     4: "runtime tracking checkpoint event_log tables config safe_yaml",
     5: "cli commands console tuning experiment environment run_writer run_loop execution api "
     "describe doctor estimate exported_models verification serving search_space stepped_run sweep "

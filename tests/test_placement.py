@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from selffl_ray.balance import balanced_homes
 from selffl_ray.errors import ConfigError, PlacementError
-from selffl_ray.pool import balanced_homes
 from selffl_ray.runtime.placement import (
     ACTOR_BYTES,
     CLIENTS_PER_CORE,

@@ -76,6 +76,37 @@ def test_both_kinds_hold_the_newest_row_of_each_client_and_no_other(puts, tmp_pa
         assert all(same(states[client], row_of(newest[client])) for client in newest)
 
 
+MOVES = st.lists(
+    st.tuples(st.sampled_from(["put", "remove", "admit"]), st.integers(0, 5), st.integers(0, 99)),
+    max_size=30,
+)
+
+
+@given(moves=MOVES)
+@settings(max_examples=60, deadline=None)
+def test_clients_that_come_and_go_take_nobody_elses_row_along(moves, tmp_path_factory):
+    disk = DiskStates(tmp_path_factory.mktemp("states"), CLIENTS[:2], CPU)
+    memory = MemoryStates()
+    here, newest = set(CLIENTS[:2]), {}
+    for what, client, number in moves:
+        if what == "admit" and client not in here:
+            here.add(client)
+            disk.admit([client])
+            memory.admit([client])
+        elif what == "remove" and client in here:
+            here.remove(client)
+            newest.pop(client, None)
+            disk.remove(client)
+            memory.remove(client)
+        elif what == "put" and client in here:
+            newest[client] = number
+            disk.put(client, row_of(number))
+            memory.put(client, row_of(number))
+    for states in (disk, memory):
+        assert states.indices() == sorted(newest)
+        assert all(same(states[client], row_of(newest[client])) for client in newest)
+
+
 @pytest.mark.parametrize("kind", ["memory", "disk"])
 def test_what_was_read_or_put_in_can_change_and_the_state_does_not(kind, tmp_path):
     states = MemoryStates() if kind == "memory" else DiskStates(tmp_path, CLIENTS, CPU)

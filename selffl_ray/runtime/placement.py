@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from selffl_ray.balance import balanced_homes
 from selffl_ray.errors import ConfigError, PlacementError
-from selffl_ray.pool import balanced_homes
 
 CLIENTS_PER_CORE = 16
 """Up to so many clients a core, each has an actor of its own by default."""
@@ -44,6 +44,9 @@ class PlacementConfig:
     one."""
     stack_size: int | Literal["auto"] = "auto"
     """Clients trained together in one stack; auto fits the model to the cache."""
+    rebalance: bool = True
+    """Move clients between actors that host several, when rounds show that some actors take longer
+    than others and the rounds to come save more than the move takes. false leaves them."""
     device: Literal["auto", "cpu"] = "auto"
     """auto trains on the GPU that Ray assigns, if there is a share; cpu always on the CPU."""
     backend: Literal["ray", "local"] = "ray"
@@ -125,6 +128,11 @@ class PlacementPlan:
         """Actor of each client."""
         home = {client: a for a, actor in enumerate(self.actors) for client in actor.clients}
         return [home[client] for client in range(len(home))]
+
+    @property
+    def kinds(self) -> list[float]:
+        """Of each actor: clients may only move between those of one kind."""
+        return [actor.gpus for actor in self.actors]
 
     def describe(self) -> list[str]:
         """Lines for a person."""

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 300.0
 """Longest wait for an actor to start; importing torch on a busy machine takes a while."""
 
-SETUP = frozenset({"load", "begin"})
-"""Methods that get an actor ready."""
+SETUP = frozenset({"load", "begin", "admit"})
+"""Methods that get an actor ready, or read examples."""
 
 
 class ActorShell(NamedTuple):

@@ -1,7 +1,10 @@
 """A plugin: FedAvg whose clients of chosen names do not do what they should."""
 
 import os
+import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -10,16 +13,23 @@ from selffl_ray.algorithms.fedavg import FedAvgConfig, fedavg
 from selffl_ray.registry import register_algorithm
 from selffl_ray.trees import map_tree
 
+TARDY_S = 0.1
+"""Seconds more for each client of a slow process."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MisbehavingConfig:
-    """Clients that raise, diverge, end their process, or fail when they are evaluated."""
+    """Clients that raise, diverge, end their process, or fail when they are evaluated.
+
+    tardy: a folder; the process that trains first takes longer for every client from then on.
+    """
 
     raising: tuple[str, ...] = ()
     diverging: tuple[str, ...] = ()
     dying: tuple[str, ...] = ()
     mute: tuple[str, ...] = ()
     from_round: int = 0
+    tardy: str = ""
 
 
 @register_algorithm("misbehaving", MisbehavingConfig)
@@ -28,6 +38,8 @@ def misbehaving(config, federation):
     honest = fedavg(FedAvgConfig(), federation)
 
     def local_update(shared, per_client, state, stack):
+        if config.tardy and is_tardy(Path(config.tardy)):
+            time.sleep(TARDY_S * stack.num_clients)
         if stack.round_index >= config.from_round:
             if set(config.dying) & set(stack.client_ids):
                 os._exit(3)
@@ -48,3 +60,10 @@ def misbehaving(config, federation):
 
     changed = replace(honest, local_update=local_update)
     return replace(changed, personalize=personalize) if config.mute else changed
+
+
+def is_tardy(folder):
+    """Whether this process is the one that was here first."""
+    with suppress(FileExistsError):
+        (folder / "tardy").symlink_to(str(os.getpid()))
+    return (folder / "tardy").readlink() == Path(str(os.getpid()))

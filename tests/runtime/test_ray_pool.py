@@ -21,7 +21,12 @@ from tests.runtime.saboteur import Saboteur, actors_of, run
 
 pytestmark = pytest.mark.ray
 
-TWO_ACTORS = ("placement.clients_per_actor=7", "evaluation.every=100")
+TWO_ACTORS = (
+    "placement.clients_per_actor=7",
+    # Which clients live with an actor is known.
+    "placement.rebalance=false",
+    "evaluation.every=100",
+)
 GAUSSIAN = (
     "data={name: gaussian, num_clients: 8, dimension: 5}",
     "training.num_rounds=1",

@@ -1,0 +1,42 @@
+"""Real actors: clients leave one that is slow, and the run keeps its bits."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.runtime.saboteur import Saboteur, run
+
+pytestmark = pytest.mark.ray
+
+COMMON = (
+    "plugins=[tests.runtime.misbehaving]",
+    "method.name=misbehaving",
+    "training.num_rounds=10",
+    "evaluation.every=5",
+    "placement.clients_per_actor=7",
+)
+
+
+def watched(folder, *more):
+    """A run, its table of rounds, and what was said about moves."""
+    control = Saboteur(folder)
+    rounds = run(folder, (*COMMON, *more), control)
+    return rounds, [text for text in control.messages if "clients moved" in text]
+
+
+def test_clients_leave_an_actor_that_is_slow_and_no_bit_changes(local_ray, tmp_path):
+    (tmp_path / "notes").mkdir()
+    tardy = f"method.tardy={tmp_path / 'notes'}"
+    found, said = watched(tmp_path / "run", tardy)
+    assert (tmp_path / "notes" / "tardy").is_symlink(), "one of the two was slow indeed"
+    assert len(said) == 1, said
+    assert said[0].startswith("round 3: ")
+    # A tenth of a second for each of 7 clients, then for 3 or 4: half of an equal share stays.
+    assert found["time/train_s"][:3].min() > 0.7
+    assert found["time/train_s"][4:].median() < 0.7
+    still, silent = watched(tmp_path / "still", "placement.rebalance=false")
+    assert silent == []
+    assert found["digest"].tolist() == still["digest"].tolist()
+    scores = [c for c in found if c.startswith("test/")]
+    assert scores
+    assert found[scores].equals(still[scores])
