@@ -339,6 +339,7 @@ def test_placements_must_have_one_digest(second, good):
         ("memory", "--methods"),
         ("scale", "--parts"),
         ("selffl", "--variants"),
+        ("uneven", "--workloads"),
     ],
 )
 def test_an_unknown_name_is_one_line_that_says_the_known_ones(module, flag, capsys, monkeypatch):
@@ -350,7 +351,9 @@ def test_an_unknown_name_is_one_line_that_says_the_known_ones(module, flag, caps
     assert f"{flag}: unknown nosuch; known: " in last
 
 
-@pytest.mark.parametrize("module", ["algorithms", "backward", "rounds", "scale", "selffl"])
+@pytest.mark.parametrize(
+    "module", ["algorithms", "backward", "rounds", "scale", "selffl", "uneven"]
+)
 def test_no_passes_at_all_are_refused_in_a_line(module, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [module, "--passes", "0"])
     with pytest.raises(SystemExit) as end:
