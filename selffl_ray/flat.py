@@ -264,13 +264,18 @@ def _add_terms(total_P: Tensor, rows_CP: Tensor, weight: Tensor, *, first: bool)
 
 def exact_value(total_P: Tensor) -> Tensor:
     """The sum behind the integers of :func:`exact_sum`: (P,) float64."""
-    return total_P.to(torch.float64) * GRID
+    return total_P.to(torch.float64).mul_(GRID)
 
 
 def representable(rows_CP: Tensor) -> Tensor:
     """(C,) bool: rows that are finite and within the limit of an exact sum of weights <= 1."""
     if rows_CP.shape[1] == 0:
         return torch.ones(rows_CP.shape[0], dtype=torch.bool)
+    # One pass tells of nearly all rows: no sum of squares is below the largest of them, however it
+    # is added up and rounded, and NaN compares false.
+    good_C: Tensor = (torch.linalg.vector_norm(rows_CP, dim=1) < LIMIT).cpu()
+    if bool(good_C.all()):
+        return good_C
     # NaN compares false, and the largest and least of a row with NaN are NaN. Magnitudes would be
     # another pass, and memory for them.
     return ((rows_CP.amax(1) < LIMIT) & (rows_CP.amin(1) > -LIMIT)).cpu()
@@ -282,6 +287,6 @@ def digest(tensors: Iterable[Tensor], numbers: Iterable[int | str] = ()) -> str:
     for tensor in tensors:
         array = tensor.detach().cpu().contiguous().numpy()
         sha.update(f"{array.dtype.str}{array.shape}|".encode())
-        sha.update(array.tobytes())
+        sha.update(array.reshape(-1).data)
     sha.update("|".join(str(n) for n in numbers).encode())
     return sha.hexdigest()
