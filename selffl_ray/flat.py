@@ -195,6 +195,13 @@ _BIAS = int(np.float64(_MAGIC).view(np.int64))
 SUMMED_TOGETHER = 16
 """Rows that are summed in one go; those of a list are copied side by side first."""
 
+SIDE_BY_SIDE = 32
+"""The same where rows lie side by side on a processor: nothing is copied then, and lower stretches
+would be more calls. So many rows leave a stretch of 4096 columns in the cache."""
+
+LINE = 8
+"""Numbers of 64 bits in a line of the cache."""
+
 
 def exact_sum(rows: Sequence[Tensor] | Tensor, weights: Sequence[float] | Tensor) -> Tensor:
     """Sum of weight * row on the integer grid: (P,) int64, or of whatever shape a row has.
@@ -213,39 +220,62 @@ def exact_sum(rows: Sequence[Tensor] | Tensor, weights: Sequence[float] | Tensor
     if len(rows) != len(weights):
         raise ValueError(f"{len(rows)} rows and {len(weights)} weights")
     first = rows[0]
-    total_P = torch.zeros(first.shape, dtype=torch.int64, device=first.device)
+    total_P = torch.empty(first.shape, dtype=torch.int64, device=first.device)
     weight = torch.as_tensor(weights, dtype=torch.float64).reshape(len(rows), -1)
-    for at in range(0, len(rows), SUMMED_TOGETHER):
-        some = slice(at, at + SUMMED_TOGETHER)
+    beside = isinstance(rows, Tensor) and first.device.type == "cpu"
+    together = SIDE_BY_SIDE if beside else SUMMED_TOGETHER
+    for at in range(0, len(rows), together):
+        some = slice(at, at + together)
         part = rows[some] if isinstance(rows, Tensor) else torch.stack(tuple(rows[some]))
         # The grid is a power of two: scaling the weights by it rounds nothing.
-        _add_terms(total_P.view(-1), part.flatten(1), weight[some].to(first.device) / GRID)
-    # Wraps like the additions do, so the biases cancel exactly.
-    bias = (_BIAS * len(rows) + 2**63) % 2**64 - 2**63
-    return total_P - bias
+        weight_C = weight[some].to(first.device) / GRID
+        _add_terms(total_P.view(-1), part.flatten(1), weight_C, first=at == 0)
+    return total_P
 
 
-def _add_terms(total_P: Tensor, rows_CP: Tensor, weight: Tensor) -> None:
-    """Add rounded products with a bias each, by stretches of columns that stay in the cache."""
+def _add_terms(total_P: Tensor, rows_CP: Tensor, weight: Tensor, *, first: bool) -> None:
+    """Add rounded products, by stretches of columns that stay in the cache; ``first``: to nothing.
+
+    Args:
+        weight: (C, 1) or (C, P), float64, in steps of the grid.
+    """
     rows, size = rows_CP.shape
-    most = max(1, size if rows_CP.device.type != "cpu" else BLOCK_BYTES // (8 * rows))
-    room = torch.empty((rows, min(most, size)), dtype=torch.float64, device=rows_CP.device)
-    for start in range(0, size, most):
-        part = slice(start, start + most)
-        term = room[:, : min(most, size - start)].copy_(rows_CP[:, part])
-        term.mul_(weight if weight.shape[1] == 1 else weight[:, part]).add_(_MAGIC)
-        total_P[part] += term.view(torch.int64).sum(0)
+    # Whole lines, or a wide register would touch two of them each time; and an odd number of
+    # lines, or the beginnings of all rows would compete for the same few places of the cache.
+    lines = (BLOCK_BYTES // (8 * rows * LINE) - 1) | 1
+    most = max(LINE, size if rows_CP.device.type != "cpu" else lines * LINE)
+    room_CS = torch.empty((rows, min(most, size)), dtype=torch.float64, device=rows_CP.device)
+    # Wraps like the additions do, so the biases cancel exactly.
+    bias = (_BIAS * rows + 2**63) % 2**64 - 2**63
+    # Views of all stretches at once: made one by one they take as long as a pass.
+    stretches = zip(
+        torch.split(rows_CP, most, 1),
+        torch.split(weight.expand(rows, size), most, 1),
+        torch.split(total_P, most),
+        strict=True,
+    )
+    for rows_CS, weight_CS, total_S in stretches:
+        term_CS = room_CS[:, : len(total_S)].copy_(rows_CS).mul_(weight_CS).add_(_MAGIC)
+        sum_S = total_S if first else torch.empty_like(total_S)
+        torch.sum(term_CS.view(torch.int64), 0, out=sum_S).sub_(bias)
+        if not first:
+            total_S.add_(sum_S)
 
 
 def exact_value(total_P: Tensor) -> Tensor:
     """The sum behind the integers of :func:`exact_sum`: (P,) float64."""
-    return total_P.to(torch.float64) * GRID
+    return total_P.to(torch.float64).mul_(GRID)
 
 
 def representable(rows_CP: Tensor) -> Tensor:
     """(C,) bool: rows that are finite and within the limit of an exact sum of weights <= 1."""
     if rows_CP.shape[1] == 0:
         return torch.ones(rows_CP.shape[0], dtype=torch.bool)
+    # One pass tells of nearly all rows: no sum of squares is below the largest of them, however it
+    # is added up and rounded, and NaN compares false.
+    good_C: Tensor = (torch.linalg.vector_norm(rows_CP, dim=1) < LIMIT).cpu()
+    if bool(good_C.all()):
+        return good_C
     # NaN compares false, and the largest and least of a row with NaN are NaN. Magnitudes would be
     # another pass, and memory for them.
     return ((rows_CP.amax(1) < LIMIT) & (rows_CP.amin(1) > -LIMIT)).cpu()
@@ -257,6 +287,6 @@ def digest(tensors: Iterable[Tensor], numbers: Iterable[int | str] = ()) -> str:
     for tensor in tensors:
         array = tensor.detach().cpu().contiguous().numpy()
         sha.update(f"{array.dtype.str}{array.shape}|".encode())
-        sha.update(array.tobytes())
+        sha.update(array.reshape(-1).data)
     sha.update("|".join(str(n) for n in numbers).encode())
     return sha.hexdigest()

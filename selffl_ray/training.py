@@ -158,8 +158,7 @@ def _fill_epochs(
     steps, length = index_SB.shape
     per_epoch = math.ceil(examples / length)
     whole, more = divmod(steps, per_epoch)
-    order = np.empty((whole + (more > 0), examples), np.int64)
-    order[:] = np.arange(examples)
+    order = np.arange(examples, dtype=np.int64)[None].repeat(whole + (more > 0), axis=0)
     rng.permuted(order, axis=1, out=order)
     cut = whole * per_epoch
     index_SB[:cut].reshape(whole, per_epoch * length)[:, :examples] = order[:whole]

@@ -50,11 +50,15 @@ def pick_rows(found: Sequence[tuple[Any, int]]) -> Any:
         part = parts.setdefault(id(tree), _Part(tree, [], []))
         part.rows.append(row)
         part.places.append(place)
+    # Tensors, made once: each leaf would make its own of a list, which takes longer than the rows.
+    index = [(torch.tensor(part.places), torch.tensor(part.rows)) for part in parts.values()]
+    if len(index) == 1:
+        return take_rows(found[0][0], index[0][1])
 
     def placed(*leaves: Tensor) -> Tensor:
         out = leaves[0].new_empty((len(found), *leaves[0].shape[1:]))
-        for leaf, part in zip(leaves, parts.values(), strict=True):
-            out[part.places] = leaf[part.rows]
+        for leaf, (places, rows) in zip(leaves, index, strict=True):
+            out[places] = leaf[rows]
         return out
 
     return map_tree(placed, *(part.tree for part in parts.values()))

@@ -93,7 +93,8 @@ class Tally:
             self._errors.setdefault(shapes, error)
             return
         if shapes in self._totals:
-            parts = [old + new for old, new in zip(self._totals[shapes], parts, strict=True)]
+            # Nobody else has the sums, and new memory for each stack would leave the cache.
+            parts = [old.add_(new) for old, new in zip(self._totals[shapes], parts, strict=True)]
         self._totals[shapes] = parts
 
     def majority(self) -> Usual:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
@@ -272,14 +273,81 @@ def test_a_weight_can_differ_by_coordinate():
         assert torch.equal(exact_sum(rows_CP, same), by_number)
 
 
-def test_an_exact_sum_is_the_same_in_stretches_of_columns_and_of_rows(monkeypatch):
-    rows_CP = rows(40)
-    weights = np.random.default_rng(0).random(40).tolist()
+def terms_of(row, weights):
+    """What each coordinate adds in whole steps of the grid: the product in float64, then rounded.
+
+    One number at a time: Python rounds halves to even, and its integers have no end.
+    """
+    return [round(float(v) * (w / GRID)) for v, w in zip(row, weights, strict=True)]
+
+
+@st.composite
+def extreme_rows(draw):
+    """Rows and weights (C, 1) or (C, P), near the limit and on halves of the grid too."""
+    count, width = draw(st.integers(1, 40)), draw(st.integers(1, 20))
+    below = np.nextafter(np.float32(LIMIT), np.float32(0)).item()
+    number = st.one_of(
+        st.sampled_from([below, -below, 0.0, -0.0, 2.0**-149]),
+        st.integers(-(2**23), 2**23).map(lambda n: (n + 0.5) * GRID),
+        st.floats(-below, below, width=32),
+    )
+    weight = st.one_of(st.sampled_from([0.0, 1.0, -1.0, 0.5, 5e-324]), st.floats(-1, 1))
+    columns = draw(st.sampled_from([1, width]))
+    # One list each: that many draws one by one would take seconds.
+    few = draw(st.lists(number, min_size=1, max_size=30))
+    shares = draw(st.lists(weight, min_size=1, max_size=30))
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    rows_CP = torch.from_numpy(rng.choice(few, (count, width))).float()
+    return rows_CP, torch.from_numpy(rng.choice(shares, (count, columns)))
+
+
+@EXAMPLES
+@given(case=extreme_rows(), stretch=st.sampled_from([1, 8, 64, 2**17]))
+def test_an_exact_sum_is_that_of_its_rounded_products_one_by_one(case, stretch):
+    rows_CP, weight = case
+    terms = [
+        terms_of(row.tolist(), own.expand(len(row)).tolist())
+        for row, own in zip(rows_CP, weight, strict=True)
+    ]
+    expected = torch.tensor([sum(column) for column in zip(*terms, strict=True)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flat_module, "BLOCK_BYTES", 8 * len(rows_CP) * stretch)
+        assert torch.equal(exact_sum(rows_CP, weight), expected)
+        assert torch.equal(exact_sum(list(rows_CP), weight), expected)
+
+
+@pytest.mark.parametrize("count", [1, 16, 17, 32, 33, 100])
+def test_an_exact_sum_is_the_same_in_stretches_of_columns_and_of_rows(monkeypatch, count):
+    rows_CP = rows(count)
+    weights = np.random.default_rng(0).random(count).tolist()
     whole = exact_sum(rows_CP, weights)
-    monkeypatch.setattr(flat_module, "BLOCK_BYTES", 8 * 16 * 5)
+    alone = [exact_sum(rows_CP[at : at + 1], weights[at : at + 1]) for at in range(count)]
+    assert torch.equal(torch.stack(alone).sum(0), whole)
+    monkeypatch.setattr(flat_module, "BLOCK_BYTES", 1)
     assert torch.equal(exact_sum(rows_CP, weights), whole)
     monkeypatch.setattr(flat_module, "SUMMED_TOGETHER", 7)
     assert torch.equal(exact_sum(list(rows_CP), weights), whole)
+    monkeypatch.setattr(flat_module, "SIDE_BY_SIDE", 3)
+    assert torch.equal(exact_sum(rows_CP, weights), whole)
+
+
+def test_a_block_of_terms_fits_the_cache_and_its_rows_begin_in_lines_of_their_own(monkeypatch):
+    made = []
+    empty = torch.empty
+
+    def noted(size, **options):
+        made.append(size)
+        return empty(size, **options)
+
+    monkeypatch.setattr(torch, "empty", noted)
+    for count in (1, 2, 20, 26, 32, 100):
+        exact_sum(torch.zeros(count, 79_510), [0.0] * count)
+    blocks = [size for size in made if len(size) == 2]
+    assert len(blocks) == 5 + math.ceil(100 / 32)
+    for count, width in blocks:
+        assert 8 * count * width <= flat_module.BLOCK_BYTES
+        assert width >= 4000
+        assert width == 79_510 or (width // 8 * 8 == width and width // 8 % 2 == 1)
 
 
 def test_rows_of_any_shape_are_summed_and_rows_of_nothing_on_any_device():
@@ -322,6 +390,35 @@ def test_only_finite_rows_below_the_limit_are_representable(value, good, place):
     assert representable(rows_CP).tolist() == [True, good, True]
 
 
+@EXAMPLES
+@given(
+    numbers=st.lists(
+        st.one_of(
+            st.sampled_from([LIMIT, -LIMIT, math.nan, math.inf, 3e38, 1e-45]),
+            st.floats(-LIMIT, LIMIT, width=32),
+            st.floats(width=32),
+        ),
+        min_size=1,
+        max_size=30,
+    ),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_a_row_is_representable_if_each_of_its_numbers_is(numbers, seed, dtype):
+    """Whatever the squares of a row add up to: most rows are told by that."""
+    rng = np.random.default_rng(seed)
+    rows_CP = torch.from_numpy(rng.choice(numbers, (4, 7)))
+    rows_CP[0] = rows_CP[0].clamp(-1, 1).nan_to_num()
+    expected = [all(abs(v) < LIMIT for v in row) for row in rows_CP.float().tolist()]
+    assert representable(rows_CP.float().to(dtype)).tolist() == expected
+
+
+def test_rows_whose_squares_add_up_to_more_than_the_limit_are_representable():
+    rows_CP = torch.full((2, 300), LIMIT / 2)
+    assert rows_CP.norm(dim=1).min() > LIMIT
+    assert representable(rows_CP).tolist() == [True, True]
+
+
 def test_rows_without_coordinates_are_representable():
     assert representable(torch.zeros(2, 0)).tolist() == [True, True]
 
@@ -359,6 +456,15 @@ def test_a_digest_depends_on_values_shapes_dtypes_order_and_numbers():
 def test_a_digest_does_not_depend_on_the_layout_in_memory_or_on_the_graph():
     a = torch.arange(6.0).view(2, 3)
     assert digest([a.T.contiguous().T]) == digest([a.clone().requires_grad_()]) == digest([a])
+
+
+def test_a_digest_is_that_of_dtype_shape_and_bytes():
+    parts = [torch.arange(6.0).view(2, 3), torch.tensor(5), torch.zeros(0, 2), torch.ones(3).bool()]
+    sha = hashlib.sha256()
+    for part, name in zip(parts, ("<f4(2, 3)|", "<i8()|", "<f4(0, 2)|", "|b1(3,)|"), strict=True):
+        sha.update(name.encode() + part.numpy().tobytes())
+    sha.update(b"1|x")
+    assert digest(parts, [1, "x"]) == sha.hexdigest()
 
 
 def test_negative_zero_and_nan_payloads_are_different_bits():
