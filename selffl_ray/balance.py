@@ -18,9 +18,10 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
-WINDOW = 3
-"""Rounds of which the middle one counts: one that something else disturbed says nothing."""
-LEAST_GAIN = 0.1
+WINDOW = 10
+"""Rounds of which the middle one counts. With 3 or 5 clients follow what comes and goes on a shared
+machine, and a move by noise has the next rounds wait for the host that was fast."""
+LEAST_GAIN = 0.15
 """Share of a round that moving clients must save: less lies within the noise of the window."""
 HORIZON = 20
 """Rounds to come that a move may be paid by: nobody knows how long a core stays slow."""

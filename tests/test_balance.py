@@ -31,7 +31,7 @@ def loads(homes_M, work_M, num_hosts):
     return np.bincount(homes_M, work_M, num_hosts)
 
 
-@pytest.mark.parametrize("slower", [1.25, 1.5, 2.0, 3.0])
+@pytest.mark.parametrize("slower", [1.5, 2.0, 2.5, 3.0])
 def test_small_clients_are_dealt_in_proportion_to_speed(slower):
     work_M = np.ones(1000)
     homes_M = np.arange(1000) % 2
@@ -54,10 +54,10 @@ def test_a_host_that_is_slower_by_much_keeps_half_an_equal_share_and_none_gets_m
 def test_hosts_that_need_as_long_as_each_other_keep_their_clients():
     homes_M = np.asarray([0, 0, 0, 1])
     assert evened(told([1, 1, 1, 3], (1.0, 1.0)), homes_M, ALIKE) is None
-    # Less than a tenth of a round is not worth a move.
+    # Less than 15 % of a round is not worth a move.
     many = np.arange(1000) % 2
-    assert evened(told(np.ones(1000), (1.0, 1.2)), many, ALIKE) is None
-    assert evened(told(np.ones(1000), (1.0, 1.25)), many, ALIKE) is not None
+    assert evened(told(np.ones(1000), (1.0, 1.3)), many, ALIKE) is None
+    assert evened(told(np.ones(1000), (1.0, 1.4)), many, ALIKE) is not None
 
 
 def test_nothing_is_proposed_before_the_window_is_full_or_where_a_host_was_not_asked():
@@ -76,7 +76,7 @@ WORK = st.floats(0.1, 1000)
 
 
 @given(data=st.data(), num_hosts=HOSTS)
-def test_a_proposal_saves_a_tenth_within_kinds_and_leaves_nobody_without_clients(data, num_hosts):
+def test_a_proposal_saves_enough_within_kinds_and_leaves_nobody_without_clients(data, num_hosts):
     def some(values, count):
         return data.draw(st.lists(values, min_size=count, max_size=count))
 
@@ -99,11 +99,13 @@ def test_a_proposal_saves_a_tenth_within_kinds_and_leaves_nobody_without_clients
 
 def test_one_disturbed_round_says_nothing():
     measured, homes_M, index = unmeasured(np.ones(4)), np.asarray([0, 0, 1, 1]), np.arange(4)
-    for seconds in ((2.0, 2.0), (2.0, 9.0), (2.2, 2.0)):
-        measured = with_round(measured, homes_M, index, np.ones(4), np.asarray(seconds))
+    usual, disturbed = np.asarray([2.0, 2.0]), np.asarray([2.0, 9.0])
+    for number in range(WINDOW):
+        seconds_H = disturbed if number == 1 else usual
+        measured = with_round(measured, homes_M, index, np.ones(4), seconds_H)
     assert measured.rate_H.tolist() == [1.0, 1.0]
-    for _ in range(2):
-        measured = with_round(measured, homes_M, index, np.ones(4), np.asarray([2.0, 9.0]))
+    for _ in range(WINDOW // 2 + 1):
+        measured = with_round(measured, homes_M, index, np.ones(4), disturbed)
     assert measured.rate_H.tolist() == [1.0, 4.5]
     assert len(measured.rates) == WINDOW
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from selffl_ray.balance import WINDOW
 from tests.runtime.saboteur import Saboteur, run
 
 pytestmark = pytest.mark.ray
@@ -11,8 +12,8 @@ pytestmark = pytest.mark.ray
 COMMON = (
     "plugins=[tests.runtime.misbehaving]",
     "method.name=misbehaving",
-    "training.num_rounds=10",
-    "evaluation.every=5",
+    f"training.num_rounds={WINDOW + 8}",
+    "evaluation.every=9",
     "placement.clients_per_actor=7",
 )
 
@@ -30,10 +31,10 @@ def test_clients_leave_an_actor_that_is_slow_and_no_bit_changes(local_ray, tmp_p
     found, said = watched(tmp_path / "run", tardy)
     assert (tmp_path / "notes" / "tardy").is_symlink(), "one of the two was slow indeed"
     assert len(said) == 1, said
-    assert said[0].startswith("round 3: ")
+    assert said[0].startswith(f"round {WINDOW}: ")
     # A tenth of a second for each of 7 clients, then for 3 or 4: half of an equal share stays.
-    assert found["time/train_s"][:3].min() > 0.7
-    assert found["time/train_s"][4:].median() < 0.7
+    assert found["time/train_s"][:WINDOW].min() > 0.7
+    assert found["time/train_s"][WINDOW + 1 :].median() < 0.7
     still, silent = watched(tmp_path / "still", "placement.rebalance=false")
     assert silent == []
     assert found["digest"].tolist() == still["digest"].tolist()
