@@ -25,15 +25,23 @@ class Spent(NamedTuple):
 
 
 class Bench:
-    """One pool with the data of one workload, for runs of several methods one after the other."""
+    """One pool with the data of one workload, for runs of several methods one after the other.
+
+    Args:
+        pool: the one to use; by default one in this process.
+    """
 
     def __init__(
-        self, config: ExperimentConfig, num_hosts: int = 1, device: torch.device | None = None
+        self,
+        config: ExperimentConfig,
+        num_hosts: int = 1,
+        device: torch.device | None = None,
+        pool: ClientPool | None = None,
     ) -> None:
         torch.set_num_threads(1)
         self.prepared = prepare_experiment(config)
         homes = [i % num_hosts for i in range(len(self.prepared.clients))]
-        self.pool = ClientPool(LocalTransport(num_hosts, device), homes)
+        self.pool = pool or ClientPool(LocalTransport(num_hosts, device), homes)
         self._memory_bytes = device_bytes(device or torch.device("cpu"), 1.0)
         self.pool.load(self.prepared.data_spec, self.prepared.clients)
 

@@ -6,8 +6,8 @@ Parts:
   clients     W1, W3 and W4 train the same 16,000 examples a round with 20, 200 and 1000 clients
   evaluation  W1 with local and global evaluation after every round, and without
   memory      what the driver holds with 100, 1000 and 10,000 clients, and what an idle client adds
-  actors      two client actors against one, on Ray, in runs of 5 (W2) to 60 rounds (W1); clock
-              time: needs two cores to itself
+  actors      two client actors against one, on Ray, a round of each in turn, 4 (W2) to 60 (W1)
+              rounds a pass; clock time: needs two cores to itself
   large       10,000 clients with state in memory, 100,000 with state on disk (4 GiB of disk)
 
 Everything but ``actors`` and ``large`` is processor time of one thread in this process, as other
@@ -19,7 +19,6 @@ drawing batches counts as beyond.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import tempfile
 import time
@@ -34,9 +33,8 @@ from benchmarks import scale_memory
 from benchmarks.command_line import chosen, from_one, save
 from benchmarks.in_process import Bench
 from benchmarks.workloads import workload_config
-from selffl_ray import run_experiment, training
+from selffl_ray import training
 from selffl_ray.algorithms import fedavg
-from selffl_ray.experiment import prepare_experiment
 
 KILO, MEGA = 1e3, 2**20
 
@@ -169,27 +167,13 @@ def memory_rules(passes: int) -> Iterator[Finding]:
     yield Finding("an idle client adds, beside its data", each, 1.0, "kB")
 
 
-ROUNDS_ON_RAY = {"W1": 60, "W3": 30, "W4": 15, "W2": 5}
-"""More than the workloads' own: a core's speed changes within seconds."""
-
-
-def actors(passes: int) -> list[Finding]:
+def actors(passes: int) -> Iterator[Finding]:
     """Two client actors against one."""
-    found = []
+    # Imported here: the processes that measure memory import this module, too.
+    from benchmarks.scale_actors import two_over_one
+
     for name, bound in (("W1", 0.6), ("W3", 0.6), ("W4", 0.6), ("W2", 0.55)):
-        ratios = [_on_ray(name, 2) / _on_ray(name, 1) for _ in range(passes)]
-        found.append(Finding(f"{name}, two actors over one", statistics.median(ratios), bound, "x"))
-    return found
-
-
-def _on_ray(name: str, num_actors: int) -> float:
-    """Clock seconds of a steady round on so many client actors."""
-    count = len(prepare_experiment(workload_config(name)).clients)
-    dealt = f"placement.clients_per_actor={math.ceil(count / num_actors)}"
-    longer = f"training.num_rounds={ROUNDS_ON_RAY[name]}"
-    with tempfile.TemporaryDirectory() as folder:
-        rounds = run_experiment(workload_config(name, dealt, longer), output=folder).rounds
-    return float(statistics.median(rounds["round_s"].tolist()[1:]))
+        yield Finding(f"{name}, two actors over one", two_over_one(name, passes), bound, "x")
 
 
 def large(passes: int) -> Iterator[Finding]:

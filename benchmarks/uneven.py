@@ -1,13 +1,12 @@
 """What moving clients gains, where one of two client actors is slower, and what it costs elsewhere.
 
-    python -m benchmarks.uneven [--workloads W1,W4] [--passes 3] [--rounds 60] [--output FILE.csv]
+    python -m benchmarks.uneven [--workloads W1,W4] [--passes 3] [--rounds 100] [--output FILE.csv]
 
 Two client actors on Ray, with ``placement.rebalance`` and without it, one run after the other:
-  quiet   nothing else is started
-  busy    each actor is bound to a core of its own, and an endless loop to the second one's, so that
-          this actor has half a core: as on a slower machine
+  quiet   nothing is done
+  slow    the second actor is stopped for 5 of every 10 ms: as on a machine of half the speed
 
-Clock seconds of a round: the median from round 20 on, when whoever is to move has moved. Digests
+Clock seconds of a round: the median from round 40 on, when whoever is to move has moved. Digests
 must be the same in all runs of a workload.
 """
 
@@ -17,15 +16,15 @@ import argparse
 import contextlib
 import json
 import math
-import subprocess
-import sys
+import os
+import signal
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import psutil
 
 from benchmarks.command_line import chosen, from_one, save
 from benchmarks.workloads import workload_config
@@ -33,44 +32,51 @@ from selffl_ray import run_experiment
 from selffl_ray.experiment import prepare_experiment
 from selffl_ray.run_loop import Progress
 
-STEADY = 20
+STEADY = 40
 """First round that counts."""
+REST_S = 0.005
+"""Of every rest of a slow actor, and of what it computes between two."""
 NAMES = ("W1", "W3", "W4")
 
 
-@contextlib.contextmanager
-def busy_core(core: int) -> Iterator[None]:
-    """A process that computes on this core meanwhile, and nowhere else."""
-    # A session of its own, as Ray's actors have: sessions share a core by halves.
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
-    try:
-        psutil.Process(process.pid).cpu_affinity([core])
-        yield
-    finally:
-        process.kill()
-        process.wait()
+class Throttle:
+    """Has the second client actor of a run rest for half of the time, from its first round on."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def watch(self, event: Any) -> None:
+        """What the run is watched with: begins with the first round that is done."""
+        if isinstance(event, Progress) and self._thread is None:
+            text = (self._folder / "environment.json").read_text()
+            pid = int(json.loads(text)["placement"]["actors"][1]["pid"])
+            self._thread = threading.Thread(target=self._hold, args=(pid,), daemon=True)
+            self._thread.start()
+
+    def _hold(self, pid: int) -> None:
+        # It ends with the run, in the middle of a rest maybe.
+        with contextlib.suppress(ProcessLookupError):
+            while not self._over.is_set():
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(REST_S)
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(REST_S)
+
+    def end(self) -> None:
+        """Leave the actor, if there still is one, to itself."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
 
 
-def bound(folder: Path, cores: tuple[int, int]) -> Callable[[Any], None]:
-    """Binds each client actor to its core once the first round is done."""
-    done: list[int] = []
-
-    def watch(event: Any) -> None:
-        if isinstance(event, Progress) and not done:
-            actors = json.loads((folder / "environment.json").read_text())["placement"]["actors"]
-            for actor, core in zip(actors, cores, strict=True):
-                process = psutil.Process(actor["pid"])
-                # Of this process alone a new affinity would be that of its first thread.
-                for thread in process.threads():
-                    psutil.Process(thread.id).cpu_affinity([core])
-                done.append(actor["pid"])
-
-    return watch
+def ignore(event: Any) -> None:
+    """Watches nothing."""
 
 
 def measured(name: str, case: str, rebalance: bool, rounds: int) -> dict[str, Any]:
     """One run."""
-    cores = tuple(sorted(psutil.Process().cpu_affinity() or ())[:2])
     per_actor = math.ceil(len(prepare_experiment(workload_config(name)).clients) / 2)
     config = workload_config(
         name,
@@ -79,12 +85,12 @@ def measured(name: str, case: str, rebalance: bool, rounds: int) -> dict[str, An
         f"training.num_rounds={rounds}",
     )
     with tempfile.TemporaryDirectory() as folder:
-        if case == "quiet":
-            result = run_experiment(config, output=folder)
-        else:
-            with busy_core(cores[1]):
-                watch = bound(Path(folder), (cores[0], cores[1]))
-                result = run_experiment(config, output=folder, watch=watch)
+        throttle = Throttle(Path(folder))
+        watch = throttle.watch if case == "slow" else ignore
+        try:
+            result = run_experiment(config, output=folder, watch=watch)
+        finally:
+            throttle.end()
         # Read now: the folder goes.
         round_s = result.rounds["round_s"][STEADY:].median()
     return {
@@ -102,17 +108,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workloads", default=None, help=f"of {', '.join(NAMES)}; all by default")
     parser.add_argument("--passes", type=from_one, default=3)
-    parser.add_argument("--rounds", type=from_one, default=60, help=f"more than {STEADY}")
+    parser.add_argument("--rounds", type=from_one, default=100, help=f"more than {STEADY}")
     parser.add_argument("--output", default=None)
     options = parser.parse_args()
     if options.rounds <= STEADY:
         parser.error(f"--rounds: takes more than {STEADY}, got {options.rounds}")
-    if psutil.cpu_count() == 1:
-        parser.error("two cores are needed")
     rows = []
     for name in chosen(parser, "--workloads", options.workloads, NAMES):
         for number in range(options.passes):
-            for case in ("quiet", "busy"):
+            for case in ("quiet", "slow"):
                 for rebalance in (False, True):
                     row = {"pass": number} | measured(name, case, rebalance, options.rounds)
                     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)

@@ -22,7 +22,7 @@ from selffl_ray.config import (
     resolve,
     to_raw,
 )
-from selffl_ray.errors import ConfigError
+from selffl_ray.errors import ConfigError, DataError
 from selffl_ray.execution import run_in_thread, run_on_ray
 from selffl_ray.experiment import Prepared, prepare_experiment
 from selffl_ray.registry import Component, algorithms
@@ -77,6 +77,12 @@ class Result:
         # Imported here: it is 25 MB, which a process that only runs does not need.
         import pandas as pd
 
+        if not self.folder.is_dir():
+            # Not an empty frame: that says that there were no rows.
+            raise DataError(
+                f"{self.folder} is gone, and the tables of its run with it; read {name} before the "
+                "folder is deleted"
+            )
         path = self.folder / f"{name}.parquet"
         return pd.read_parquet(path) if path.exists() else pd.DataFrame()
 

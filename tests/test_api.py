@@ -70,6 +70,15 @@ def test_a_result_is_the_summary_the_folder_and_three_frames(tmp_path):
     assert result.summary["digest"] == digests(result)[-1]
 
 
+def test_tables_of_a_folder_that_is_gone_are_not_empty_ones(tmp_path):
+    result = run_experiment(config(), output=tmp_path / "run")
+    shutil.rmtree(result.folder)
+    with pytest.raises(
+        DataError, match=r"run is gone, .* read rounds before the folder is deleted"
+    ):
+        _ = result.rounds
+
+
 def test_without_an_output_runs_get_folders_of_their_own_in_the_current_folder(
     tmp_path, monkeypatch
 ):
