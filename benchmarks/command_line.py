@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from selffl_ray.environment import processor
+from selffl_ray.numerics import processor
 
 
 def from_one(text: str) -> int:

@@ -41,8 +41,8 @@ from benchmarks.goals import table
 from benchmarks.peers.peer_workload import QUIET, write
 from benchmarks.processes import EntryError, environment, measure
 from benchmarks.workloads import WORKLOADS, workload_config
-from selffl_ray.environment import processor
 from selffl_ray.experiment import prepare_experiment
+from selffl_ray.numerics import processor
 
 WORKLOAD = "workload.npz"
 ROOT = Path(__file__).parents[1]

@@ -27,7 +27,7 @@ from selffl_ray.allocator import give_back_freed_memory
 from selffl_ray.driver import run_rounds
 from selffl_ray.experiment import Prepared, prepare_experiment
 from selffl_ray.host import ClientHost
-from selffl_ray.pool import ClientPool, local_pool
+from selffl_ray.pool import ClientPool, LocalTransport
 
 SPAWN = multiprocessing.get_context("spawn")
 SAMPLE_S = 0.005
@@ -90,7 +90,8 @@ def in_all(config: ExperimentConfig, folder: str | None) -> Taken:
     prepared = prepare_experiment(config)
     spec = dataclasses.replace(prepared.run_spec, state_folder=folder)
     prepared = dataclasses.replace(prepared, run_spec=spec)
-    return _measure(prepared, local_pool(len(prepared.clients)), began)
+    pool = ClientPool(LocalTransport(), [0] * len(prepared.clients))
+    return _measure(prepared, pool, began)
 
 
 def _measure(prepared: Prepared, pool: ClientPool, began: float) -> Taken:

@@ -100,7 +100,7 @@ class Proposal(NamedTuple):
     saved_s: float
 
 
-def evened(measured: Measured, homes_M: Indices, kind_H: Sequence[float]) -> Proposal | None:
+def evened(measured: Measured, homes_M: Indices, kind_H: Sequence[str]) -> Proposal | None:
     """Homes with which all hosts should need as long as each other; None if nothing is to gain.
 
     Args:

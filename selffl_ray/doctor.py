@@ -14,8 +14,9 @@ import psutil
 
 from selffl_ray.console import size
 from selffl_ray.datasets.store import store_root
-from selffl_ray.environment import PACKAGES, package_version, processor
+from selffl_ray.environment import PACKAGES, package_version
 from selffl_ray.errors import SelfFLError
+from selffl_ray.numerics import processor
 from selffl_ray.runtime.cluster import cluster_nodes
 from selffl_ray.runtime.placement import ACTOR_BYTES, MEMORY_SHARE
 from selffl_ray.tracking import TrackingConfig, open_store, resolve_uri, without_password

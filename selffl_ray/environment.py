@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from selffl_ray.experiment import Prepared
+from selffl_ray.numerics import processor
 from selffl_ray.runtime.placement import PlacementPlan
 
 PACKAGES = ("ray", "torch", "numpy", "pandas", "mlflow", "pyarrow", "scipy", "safetensors")
@@ -64,18 +64,6 @@ def describe_environment(
             "threads_per_host": 1,
         },
     }
-
-
-def processor() -> str:
-    """Model of the processor and the instructions that torch uses: what bits depend on."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    return f"{model} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def _git_commit() -> str | None:

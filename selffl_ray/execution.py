@@ -91,7 +91,9 @@ class JobRunner:
                 self._loaded = data
             with only_writer(Path(job.folder)):
                 writer = RunWriter(job, prepared)
-                return _run_one(prepared, pool, writer, control, where=(plan, self._where))
+                # An earlier job may have had clients move.
+                here = plan.with_homes(pool.homes.tolist())
+                return _run_one(prepared, pool, writer, control, where=(here, self._where))
 
     def _pool_for(
         self, prepared: Prepared, plan: PlacementPlan, label: str, plugin_folder: str
@@ -169,7 +171,7 @@ def _open_pool(
 
     shell = ActorShell(config.placement.device, label, (config.plugins, plugin_folder))
     transport = RayTransport(plan, shell, config.faults.client_timeout_s, started)
-    return ClientPool(transport, plan.homes, plan.kinds), transport.where
+    return ClientPool(transport, plan.homes), transport.where
 
 
 class _Relay(logging.Handler):

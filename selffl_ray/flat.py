@@ -264,7 +264,7 @@ def _add_terms(total_P: Tensor, rows_CP: Tensor, weight: Tensor, *, first: bool)
 
 def exact_value(total_P: Tensor) -> Tensor:
     """The sum behind the integers of :func:`exact_sum`: (P,) float64."""
-    return total_P.to(torch.float64).mul_(GRID)
+    return total_P.to(torch.float64, copy=True).mul_(GRID)
 
 
 def representable(rows_CP: Tensor) -> Tensor:

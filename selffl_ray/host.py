@@ -262,10 +262,8 @@ class ClientHost:
         self._rows = self._data.rows(self._engine.model.spec.dtype)
         return rows
 
-    def admit(
-        self, commits: Commits, clients: dict[int, ClientRows], rows: StateRows | None
-    ) -> None:
-        """Take clients in: read their examples, and go on from their states.
+    def admit(self, commits: Commits, clients: dict[int, ClientRows]) -> None:
+        """Read the examples of clients that come, and have room for their states.
 
         Raises:
             DataError: the store on this machine holds other data than the driver's.
@@ -274,10 +272,13 @@ class ClientHost:
         self._data.admit(clients)
         self._rows = self._data.rows(self._engine.model.spec.dtype)
         self._states.admit(clients)
-        if rows is not None:
-            put_rows(self._states, rows, self.device)
-            # Whether the last checkpoint has them only their last home knew.
-            self._changed |= set(rows.client_index.tolist())
+
+    def take(self, commits: Commits, rows: StateRows) -> None:
+        """The states that clients bring along."""
+        self._commit(commits)
+        put_rows(self._states, rows, self.device)
+        # Whether the last checkpoint has them only their last home knew.
+        self._changed |= set(rows.client_index.tolist())
 
     # -- inside ---------------------------------------------------------------------------------
 

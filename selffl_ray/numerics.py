@@ -7,6 +7,8 @@ processor, and between kinds of GPUs.
 from __future__ import annotations
 
 import os
+import platform
+from pathlib import Path
 
 import torch
 
@@ -31,3 +33,15 @@ def be_exact() -> None:
 def tf32_is_on() -> bool:
     """Whether products or convolutions on a GPU may shorten their factors to ten bits."""
     return bool(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
+
+
+def processor() -> str:
+    """Model of the processor and the instructions that torch uses: what bits depend on."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return f"{model} ({torch.backends.cpu.get_cpu_capability()})"

@@ -22,6 +22,7 @@ from torch import Tensor
 from selffl_ray import trees
 from selffl_ray.algorithms.base import Algorithm, Federation, Mean, Weights
 from selffl_ray.datasets.splits import ClientRows
+from selffl_ray.errors import SelfFLError
 from selffl_ray.evaluation import ClientScores, join_scores
 from selffl_ray.events import HostKind, Whereabouts
 from selffl_ray.flat import exact_value
@@ -42,7 +43,7 @@ from selffl_ray.messages import (
 )
 from selffl_ray.participation import RoundPlan
 from selffl_ray.states import joined_rows, rows_at
-from selffl_ray.updates import agreeing
+from selffl_ray.updates import agreeing, mean_shares
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,10 @@ class Transport(Protocol):
         """Where a host is, in words."""
         ...
 
+    def kind(self, host: int) -> str:
+        """Hosts of one kind give any client the same bits, whoever shares its stack."""
+        ...
+
     def close(self) -> None:
         """End the hosts."""
         ...
@@ -116,6 +121,11 @@ class LocalTransport:
     def place(self, host: int) -> str:  # noqa: ARG002
         """All of them are here."""
         return f"process {os.getpid()}"
+
+    def kind(self, host: int) -> str:
+        """All alike on the processor; on a GPU bits depend on the whole stack."""
+        on_cpu = self._device is None or self._device.type == "cpu"
+        return "this processor" if on_cpu else f"{self._device} of host {host}"
 
     def close(self) -> None:
         """Nothing to end."""
@@ -167,18 +177,14 @@ class ClientPool:
     Args:
         transport: reaches the hosts.
         homes: host of every client, by client index (those that take part, then new ones).
-        kinds: of every host; clients move between hosts of one kind only. All alike by default.
 
     Attributes:
         load_s: seconds that reading the examples took.
     """
 
-    def __init__(
-        self, transport: Transport, homes: Sequence[int], kinds: Sequence[float] | None = None
-    ) -> None:
+    def __init__(self, transport: Transport, homes: Sequence[int]) -> None:
         self.transport = transport
         self.homes = np.asarray(homes, np.int64)
-        self.kinds = kinds if kinds is not None else [0.0] * transport.num_hosts
         self.load_s = 0.0
         self._half_moved: set[int] = set()
         self._data: tuple[DataSpec, Sequence[ClientRows]] | None = None
@@ -186,6 +192,11 @@ class ClientPool:
         self._algorithm: Algorithm | None = None
         self._commits: dict[int, list[Commit]] = {}
         self._memory: dict[int, int] = {}
+
+    @property
+    def kinds(self) -> list[str]:
+        """Of every host: clients move between hosts of one kind."""
+        return [self.transport.kind(host) for host in range(self.transport.num_hosts)]
 
     @property
     def movable(self) -> bool:
@@ -244,25 +255,34 @@ class ClientPool:
     def move(self, index: Indices, to: Indices) -> None:
         """Give clients other homes between two rounds: examples are read there, states go along.
 
+        What may fail comes first, while nothing has been taken from anywhere: if examples cannot be
+        read, clients stay where they are.
+
         Args:
             index: clients; to: the new home of each.
 
         Raises:
-            StateLostError: a host was lost; the others that took part read their examples anew.
+            StateLostError: a host was lost, or could not be given the states. All clients are at
+                home where they were, and those hosts that this concerns are to read them anew.
         """
         assert self._data is not None, "load() comes first"
-        leaving = {host: (index[at],) for host, at in self._by_home(index).items()}
-        self._half_moved |= {*leaving, *to.tolist()}
-        released = self._ask("release", leaving).values()
-        self.homes[index] = to
-        clients = self._data[1]
-        arriving = {}
-        for host, at in self._by_home(index).items():
-            here = self.homes == host
-            parts = [p for rows in released if rows and (p := rows_at(rows, here)) is not None]
-            own = {i: clients[i] for i in index[at].tolist()}
-            arriving[host] = (own, joined_rows(parts))
+        index, to = index[elsewhere := self.homes[index] != to], to[elsewhere]
+        clients, after = self._data[1], self.homes.copy()
+        after[index] = to
+        hosts = {int(h): index[to == h] for h in np.unique(to)}
+        arriving = {h: ({i: clients[i] for i in own.tolist()},) for h, own in hosts.items()}
+        leaving = {h: (index[at],) for h, at in self._by_home(index).items()}
         self._ask("admit", arriving)
+        self._half_moved |= {*arriving, *leaving}
+        released = [rows for rows in self._ask("release", leaving).values() if rows is not None]
+        parts = {h: [p for r in released if (p := rows_at(r, after == h))] for h in hosts}
+        try:
+            if bringing := {h: (joined_rows(own),) for h, own in parts.items() if own}:
+                self._ask("take", bringing)
+        except (SelfFLError, OSError, MemoryError) as error:
+            cause = f"it could not take the states of clients that moved: {error}"
+            raise StateLostError([HostLost(h, cause) for h in hosts]) from error
+        self.homes = after
         self._half_moved = set()
 
     # -- one round ------------------------------------------------------------------------------
@@ -412,19 +432,6 @@ class ClientPool:
     def _means(self) -> tuple[Mean, ...]:
         assert self._algorithm is not None, "begin() comes first"
         return self._algorithm.means
-
-
-def local_pool(num_clients: int, num_hosts: int = 1) -> ClientPool:
-    """A pool in this process; clients are dealt to its hosts in turn."""
-    return ClientPool(LocalTransport(num_hosts), [i % num_hosts for i in range(num_clients)])
-
-
-def mean_shares(by: str, cohort: Indices, federation: Federation) -> npt.NDArray[np.float64]:
-    """Weight of each client of the cohort in a Mean: sums to 1 if all of them answer."""
-    if by == "uniform":
-        return np.full(len(cohort), 1.0 / len(cohort))
-    num = federation.num_examples_M[cohort].astype(np.float64)
-    return np.asarray(num / num.sum())
 
 
 def _add(answers: RoundAnswers, host: int, answer: LocalAnswer) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from selffl_ray import trees
 from selffl_ray.algorithms.base import NotAvailable
 from selffl_ray.checkpoint import (
     Counters,
@@ -123,9 +124,12 @@ class RunLoop:
     def _rebalancer(self) -> Rebalancer | None:
         if not (self._prepared.config.placement.rebalance and self._pool.movable):
             return None
+        start_P = torch.from_numpy(np.array(self._spec.start_params))
+        state = self._prepared.algorithm.init_client(start_P, 1)
         return Rebalancer(
             self._pool,
             self._prepared.federation,
+            sum(leaf.nbytes for _, leaf in trees.leaves(state)),
             lambda text: self._control.emit(Message(text)),
         )
 

@@ -162,7 +162,8 @@ class DiskStates(States):
         Raises:
             RunError: the files cannot be made longer.
         """
-        for client in index:
+        # Whoever was to come before and did not has its place.
+        for client in [i for i in index if i not in self._place]:
             if self._left:
                 self._place[client] = self._left.pop()
             else:

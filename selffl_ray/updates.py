@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from selffl_ray import trees
-from selffl_ray.algorithms.base import Indices, Local, Mean
+from selffl_ray.algorithms.base import Federation, Indices, Local, Mean
 from selffl_ray.errors import is_lack_of_memory
 from selffl_ray.flat import exact_sum, representable
 from selffl_ray.messages import ClientFailure, FailureKind, LocalAnswer, Shapes
@@ -191,3 +191,11 @@ def shape_cause(found: Shapes, expected: Shapes) -> str:
     wrong = [(n, f, e) for (n, f), (_, e) in zip(found, expected, strict=True) if f != e]
     name, has, wants = wrong[0]
     return f"its update's {name} has shape {has}, expected {wants}"
+
+
+def mean_shares(by: str, cohort: Indices, federation: Federation) -> npt.NDArray[np.float64]:
+    """Weight of each client of the cohort in a Mean: sums to 1 if all of them answer."""
+    if by == "uniform":
+        return np.full(len(cohort), 1.0 / len(cohort))
+    num = federation.num_examples_M[cohort].astype(np.float64)
+    return np.asarray(num / num.sum())

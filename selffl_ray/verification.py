@@ -23,10 +23,10 @@ import torch
 from selffl_ray.api import Interrupt, run_experiment
 from selffl_ray.checkpoint import check_all_checkpoints, rounds_done
 from selffl_ray.config import load_config
-from selffl_ray.environment import processor
 from selffl_ray.errors import DataError, UsageError
 from selffl_ray.exported_models import check_models
 from selffl_ray.faults import RETRIED
+from selffl_ray.numerics import processor
 from selffl_ray.run_loop import Progress
 from selffl_ray.run_writer import check_one_configuration
 from selffl_ray.tables import TABLES

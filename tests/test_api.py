@@ -33,6 +33,7 @@ from selffl_ray.balance import Proposal
 from selffl_ray.checkpoint import latest_checkpoint
 from selffl_ray.errors import ConfigError, DataError, DriverLostError, RunError, UsageError
 from selffl_ray.experiment import Prepared, prepare_experiment
+from selffl_ray.host import ClientHost
 from selffl_ray.pool import HostLost, LocalTransport
 from selffl_ray.registry import Component
 from selffl_ray.run_loop import Message, Progress
@@ -470,6 +471,8 @@ class Losing(LocalTransport):
     """Hosts in this process, the last of which is lost at chosen calls: a fault made to order."""
 
     lose_at: frozenset[int] = frozenset()
+    lose_in: str | None = None
+    """A method in which the host is lost every time."""
     calls = 0
     restarted: list[int] = []  # noqa: RUF012 - set anew for every test
 
@@ -481,7 +484,7 @@ class Losing(LocalTransport):
     ) -> dict[int, Any]:
         answers = super().call(method, arguments, shared)
         type(self).calls += 1
-        if self.calls in self.lose_at:
+        if self.calls in self.lose_at or method == self.lose_in:
             lost = max(answers)
             # Whatever it knew is gone.
             super().restart([lost])
@@ -497,6 +500,7 @@ class Losing(LocalTransport):
 def losing(monkeypatch) -> Callable[..., None]:
     def lose(*calls: int) -> None:
         Losing.calls, Losing.lose_at, Losing.restarted = 0, frozenset(calls), []
+        Losing.lose_in = None
         monkeypatch.setattr(execution, "LocalTransport", Losing)
         monkeypatch.setattr(api, "placement_of", lambda prepared, nodes: TWO_HOSTS)
 
@@ -553,30 +557,72 @@ def test_a_host_that_is_lost_at_any_call_is_replaced_and_the_run_ends_with_the_s
         assert result.rounds["faults"].tolist() == [wanted * (r == told[0]) for r in range(6)]
 
 
-@pytest.mark.slow
-def test_a_host_that_is_lost_while_clients_move_is_replaced_and_the_bits_stay(
-    losing, tmp_path, whole, monkeypatch
-):
+@pytest.fixture
+def swapping(monkeypatch):
     """Before every round all clients change places, whatever was measured."""
 
     def swapped(measured, homes_M, kind_H):
         return Proposal(1 - homes_M, np.inf)
 
     monkeypatch.setattr(rebalancer, "evened", swapped)
-    moving = (*FRAGILE, "placement.rebalance=true")
+
+
+MOVING = (*FRAGILE, "placement.rebalance=true")
+
+
+@pytest.mark.slow
+def test_a_host_that_is_lost_while_clients_move_is_replaced_and_the_bits_stay(
+    losing, tmp_path, whole, swapping
+):
     lost_in: set[str] = set()
     losing()
-    result = run_experiment(config(*moving), output=tmp_path / "moving")
+    result = run_experiment(config(*MOVING), output=tmp_path / "moving")
     assert digests(result) == digests(whole)
     assert (result.summary["clients_moved"], whole.summary.get("clients_moved")) == (5 * 6, None)
     for call in range(2, Losing.calls + 1):
         losing(call)
-        result = run_experiment(config(*moving), output=tmp_path / f"lost-at-{call}")
+        result = run_experiment(config(*MOVING), output=tmp_path / f"lost-at-{call}")
         assert digests(result) == digests(whole), call
-        assert result.summary["clients_moved"] >= 5 * 6
         (event,) = [e for text in result.rounds["events"] for e in json.loads(text)]
         lost_in.add(event["cause"])
-    assert {"lost in release", "lost in admit"} < lost_in
+    assert {"lost in admit", "lost in release", "lost in take"} < lost_in
+
+
+@pytest.mark.parametrize("method", ["admit", "release", "take"])
+def test_a_move_that_always_loses_a_host_is_tried_once(method, losing, tmp_path, whole, swapping):
+    losing()
+    Losing.lose_in = method
+    said: list[str] = []
+
+    def watch(event):
+        if isinstance(event, Message) and "could not be moved" in event.text:
+            said.append(event.text)
+
+    result = run_experiment(config(*MOVING), output=tmp_path / "run", watch=watch)
+    assert digests(result) == digests(whole)
+    assert result.summary["status"] == "FINISHED"
+    # Before the first round nobody has a state to take along.
+    tried = 1 if method == "take" else 0
+    assert said == [
+        f"round {tried}: clients could not be moved to hosts that are faster (lost in {method}); "
+        "they stay where they are from now on"
+    ]
+    assert result.summary.get("clients_moved", 0) == 5 * tried
+    assert len(Losing.restarted) == 1
+
+
+@pytest.mark.parametrize(("method", "replaced"), [("admit", 0), ("take", 2)])
+def test_a_run_goes_on_where_examples_or_states_cannot_be_taken_in(
+    method, replaced, losing, tmp_path, whole, swapping, monkeypatch
+):
+    def full(self, *arguments):
+        raise DataError("no room for more")
+
+    losing()
+    monkeypatch.setattr(ClientHost, method, full)
+    result = run_experiment(config(*MOVING), output=tmp_path / "run")
+    assert digests(result) == digests(whole)
+    assert len(Losing.restarted) == replaced
 
 
 def test_a_host_that_is_lost_again_while_it_is_replaced_is_replaced_again(losing, tmp_path, whole):

@@ -18,7 +18,7 @@ from selffl_ray.balance import (
     with_round,
 )
 
-ALIKE = (0.0, 0.0)
+ALIKE = ("cpu", "cpu")
 
 
 def told(work_M, rate_H, window=WINDOW):
@@ -45,7 +45,7 @@ def test_a_host_that_is_slower_by_much_keeps_half_an_equal_share_and_none_gets_m
     work_M = np.ones(1000)
     found = evened(told(work_M, (1.0, 100.0)), np.arange(1000) % 2, ALIKE)
     assert loads(found.homes_M, work_M, 2).tolist() == [750, 250]
-    found = evened(told(work_M, (1.0, 10.0, 10.0, 10.0)), np.arange(1000) % 4, (0.0,) * 4)
+    found = evened(told(work_M, (1.0, 10.0, 10.0, 10.0)), np.arange(1000) % 4, ALIKE * 2)
     load_H = loads(found.homes_M, work_M, 4)
     assert load_H.max() == MOST_LOAD * 250
     assert load_H.min() >= LEAST_LOAD * 250
@@ -81,7 +81,7 @@ def test_a_proposal_saves_enough_within_kinds_and_leaves_nobody_without_clients(
         return data.draw(st.lists(values, min_size=count, max_size=count))
 
     rate_H = some(RATES, num_hosts)
-    kind_H = some(st.sampled_from([0.0, 0.5]), num_hosts)
+    kind_H = some(st.sampled_from(["cpu", "another"]), num_hosts)
     more = data.draw(st.integers(0, 40))
     homes_M = np.asarray([*range(num_hosts), *some(st.integers(0, num_hosts - 1), more)])
     work_M = np.asarray(some(WORK, len(homes_M)))

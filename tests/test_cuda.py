@@ -6,6 +6,8 @@ rounding.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,7 @@ from selffl_ray.training import local_sgd, observe_tail, start_tail
 from tests.contract.harness import as_allowed
 from tests.runtime.placements import prepared_with
 from tests.test_digests_local import CNN, DIGITS
+from tests.test_moving import Restless
 
 pytestmark = [
     pytest.mark.skipif(
@@ -65,6 +68,32 @@ def test_every_method_trains_on_the_device_as_on_the_cpu(method, model):
         for name, leaf in one.items():
             found = other[name].cpu().double()
             assert torch.allclose(found, leaf.double(), rtol=1e-2, atol=1e-3, equal_nan=True), name
+
+
+@pytest.mark.parametrize("method", ["fedavg", "ditto", "selffl"])
+def test_clients_that_move_take_examples_and_state_along_on_the_device(method):
+    prepared = prepared_with(*as_allowed(method, DIGITS), f"method={method}")
+    transport = LocalTransport(2, torch.device("cuda"))
+    pool = ClientPool(transport, [i % 2 for i in range(len(prepared.clients))])
+    pool.load(prepared.data_spec, prepared.clients)
+    pool.begin(prepared.run_spec, prepared.algorithm)
+    mover = Restless(pool, prepared.federation, 0, print)
+    from benchmarks.in_process import run_of
+
+    run = dataclasses.replace(run_of(prepared, pool), rebalancer=mover)
+    start_P = torch.from_numpy(prepared.run_spec.start_params.copy())
+    records = run_rounds(run, prepared.algorithm.init(start_P))
+    losses = [record.metrics["train/loss"] for record in records]
+    assert mover.num_moved > len(losses)
+    np.testing.assert_allclose(losses, rounds_on("cpu", prepared)[1], rtol=1e-3)
+    for host in transport._hosts:
+        assert {rows.x.device.type for rows in host._rows.values()} == {"cuda"}
+
+
+def test_no_host_on_a_device_is_of_the_kind_of_another():
+    """Bits depend on who shares a stack there, and moves depend on time."""
+    transport = LocalTransport(3, torch.device("cuda"))
+    assert len({transport.kind(host) for host in range(3)}) == 3
 
 
 @pytest.mark.parametrize("model", [*MODELS, "resnet"])

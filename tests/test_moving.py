@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from selffl_ray import pool as pool_module
+from selffl_ray import rebalancer as rebalancer_module
 from selffl_ray.balance import WINDOW
 from selffl_ray.client_data import ClientData
 from selffl_ray.driver import run_rounds
@@ -41,7 +42,7 @@ def restless(prepared, pool):
     rounds = []
 
     def with_moves(run, server):
-        mover = Restless(pool, prepared.federation, rounds.append)
+        mover = Restless(pool, prepared.federation, 0, rounds.append)
         yield from run_rounds(dataclasses.replace(run, rebalancer=mover), server)
         rounds.append(mover.num_moved)
 
@@ -184,7 +185,7 @@ def rounds_with_a_slow_host(monkeypatch, *more):
     prepared = prepared_with(*chosen)
     pool = open_pool(prepared, 2)
     texts = []
-    mover = Rebalancer(pool, prepared.federation, texts.append)
+    mover = Rebalancer(pool, prepared.federation, 0, texts.append)
     run = dataclasses.replace(loop(prepared, pool), rebalancer=mover)
     counts = [np.bincount(pool.homes).tolist() for _ in run_rounds(run, start(prepared))]
     return counts, texts, mover
@@ -200,6 +201,20 @@ def test_clients_leave_a_host_that_measures_slow_after_a_window_of_rounds(monkey
         f"round {WINDOW}: 3 clients moved to hosts that are faster (to save "
     )
     assert "placement.rebalance" in texts[0]
+
+
+def test_states_of_many_clients_move_some_at_a_time(monkeypatch):
+    monkeypatch.setattr(rebalancer_module, "AT_ONCE_BYTES", 2000)
+    prepared = prepared_with("method=ditto")
+    pool = open_pool(prepared, 2)
+    mover = Rebalancer(pool, prepared.federation, 600, print)
+    calls, move = [], pool.move
+    monkeypatch.setattr(pool, "move", lambda *some: calls.append(len(some[0])) or move(*some))
+    to = 1 - pool.homes
+    mover._do(np.arange(14), to)
+    assert calls == [3, 3, 3, 3, 2]
+    assert pool.homes.tolist() == to.tolist()
+    assert mover.num_moved == 14
 
 
 def test_after_a_move_a_window_of_rounds_with_the_new_homes_comes_first(monkeypatch):

@@ -316,3 +316,13 @@ def test_a_plan_describes_actors_shares_and_memory():
         "actor 0.1 CPU"
     )
     assert lines[1] == f"about {4 * ACTOR_BYTES / 2**30:.1f} GiB for the actors"
+
+
+def test_a_plan_can_say_who_is_at_home_where_by_now():
+    config = PlacementConfig(clients_per_actor=3)
+    nodes = [Node("here", 4, 0, PLENTY)]
+    plan = plan_placement(config, nodes, [str(i) for i in range(6)], [1.0] * 6)
+    moved = plan.with_homes([1, 1, 0, 1, 1, 1])
+    assert [actor.clients for actor in moved.actors] == [(2,), (0, 1, 3, 4, 5)]
+    assert moved.homes == [1, 1, 0, 1, 1, 1]
+    assert moved.with_homes(plan.homes) == plan

@@ -12,8 +12,7 @@ from selffl_ray import trees
 from selffl_ray.algorithms.base import Empty, Local, Mean
 from selffl_ray.flat import exact_sum
 from selffl_ray.messages import Commit, LocalRequest
-from selffl_ray.pool import mean_shares
-from selffl_ray.updates import Tally
+from selffl_ray.updates import Tally, mean_shares
 from tests.contract.harness import open_pool, prepared_with, start
 
 

@@ -7,6 +7,8 @@ from selffl_ray.importing import uncollected
 
 # In a client actor this is the first import of torch.
 with uncollected():
+    import torch  # noqa: F401
+
     from selffl_ray.runtime.cluster import quiet_ray
 
 quiet_ray()

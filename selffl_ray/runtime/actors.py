@@ -17,7 +17,7 @@ import torch
 from selffl_ray.errors import PlacementError, SelfFLError
 from selffl_ray.host import ClientHost
 from selffl_ray.importing import leave_out_of_collections
-from selffl_ray.numerics import be_exact, tf32_is_on
+from selffl_ray.numerics import be_exact, processor, tf32_is_on
 from selffl_ray.registry import load_plugins
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class ClientActor:
         leave_out_of_collections()
 
     def describe(self) -> dict[str, Any]:
-        """Where this actor lives: node, process, assigned GPUs, device and its memory, numerics.
+        """Where this actor lives: node, process, GPUs, device, processor, memory, numerics.
 
         Raises:
             SelfFLError: it got no device for its GPU share, or cannot import the user's modules.
@@ -97,6 +97,7 @@ class ClientActor:
             "pid": os.getpid(),
             "gpus": self._gpus,
             "device": str(self._device),
+            "processor": processor(),
             "memory_bytes": device_bytes(self._device, self._gpu_share),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "tf32": tf32_is_on(),

@@ -9,7 +9,7 @@ import bisect
 import fnmatch
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from selffl_ray.balance import balanced_homes
@@ -46,7 +46,8 @@ class PlacementConfig:
     """Clients trained together in one stack; auto fits the model to the cache."""
     rebalance: bool = True
     """Move clients between actors that host several, when rounds show that some actors take longer
-    than others and the rounds to come save more than the move takes. false leaves them."""
+    than others and the rounds to come save more than the move takes; only between processors of
+    one type, so that no bit changes. false leaves them."""
     device: Literal["auto", "cpu"] = "auto"
     """auto trains on the GPU that Ray assigns, if there is a share; cpu always on the CPU."""
     backend: Literal["ray", "local"] = "ray"
@@ -129,10 +130,13 @@ class PlacementPlan:
         home = {client: a for a, actor in enumerate(self.actors) for client in actor.clients}
         return [home[client] for client in range(len(home))]
 
-    @property
-    def kinds(self) -> list[float]:
-        """Of each actor: clients may only move between those of one kind."""
-        return [actor.gpus for actor in self.actors]
+    def with_homes(self, homes: Sequence[int]) -> PlacementPlan:
+        """The same actors with the clients that are at home there."""
+        members: list[list[int]] = [[] for _ in self.actors]
+        for client, home in enumerate(homes):
+            members[home].append(client)
+        dealt = zip(self.actors, members, strict=True)
+        return replace(self, actors=tuple(replace(a, clients=tuple(own)) for a, own in dealt))
 
     def describe(self) -> list[str]:
         """Lines for a person."""

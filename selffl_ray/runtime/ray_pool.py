@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 300.0
 """Longest wait for an actor to start; importing torch on a busy machine takes a while."""
 
-SETUP = frozenset({"load", "begin", "admit"})
-"""Methods that get an actor ready, or read examples."""
+SETUP = frozenset({"load", "begin", "admit", "release", "take"})
+"""Methods that get an actor ready, or move clients: no measure for them is how long rounds take."""
 
 
 class ActorShell(NamedTuple):
@@ -190,6 +190,11 @@ class RayTransport:
         """Node and process of an actor, as they were told when it started."""
         at = self.where[host]
         return f"node {at['node'][:8]}, process {at['pid']}" if at else "an actor that is starting"
+
+    def kind(self, host: int) -> str:
+        """The actor's processor; of one with a GPU itself: bits depend on the whole stack there."""
+        at = self.where[host]
+        return at["processor"] if at["device"] == "cpu" else f"{at['device']} of host {host}"
 
     def close(self) -> None:
         """End all actors."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from selffl_ray.balance import WINDOW
+from selffl_ray.runtime.ray_pool import RayTransport
 from tests.runtime.saboteur import Saboteur, run
 
 pytestmark = pytest.mark.ray
@@ -41,3 +42,19 @@ def test_clients_leave_an_actor_that_is_slow_and_no_bit_changes(local_ray, tmp_p
     scores = [c for c in found if c.startswith("test/")]
     assert scores
     assert found[scores].equals(still[scores])
+
+
+def test_actors_on_one_processor_are_of_one_kind_and_those_with_a_gpu_are_not():
+    """Bits of a client depend on the processor, and on a GPU on who shares its stack as well."""
+    transport = RayTransport.__new__(RayTransport)
+    places = [
+        ("cpu", "one"),
+        ("cpu", "one"),
+        ("cpu", "other"),
+        ("cuda:0", "one"),
+        ("cuda:0", "one"),
+    ]
+    transport.where = [{"device": device, "processor": name} for device, name in places]
+    kinds = [transport.kind(host) for host in range(5)]
+    assert kinds[0] == kinds[1]
+    assert len(set(kinds)) == 4
