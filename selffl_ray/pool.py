@@ -262,8 +262,8 @@ class ClientPool:
             index: clients; to: the new home of each.
 
         Raises:
-            StateLostError: a host was lost, or could not be given the states. All clients are at
-                home where they were, and those hosts that this concerns are to read them anew.
+            StateLostError: a host was lost, or states did not get where they should. All clients
+                are at home where they were, and hosts that this concerns are to read them anew.
         """
         assert self._data is not None, "load() comes first"
         index, to = index[elsewhere := self.homes[index] != to], to[elsewhere]
@@ -274,13 +274,13 @@ class ClientPool:
         leaving = {h: (index[at],) for h, at in self._by_home(index).items()}
         self._ask("admit", arriving)
         self._half_moved |= {*arriving, *leaving}
-        released = [rows for rows in self._ask("release", leaving).values() if rows is not None]
-        parts = {h: [p for r in released if (p := rows_at(r, after == h))] for h in hosts}
         try:
+            released = [rows for rows in self._ask("release", leaving).values() if rows is not None]
+            parts = {h: [p for r in released if (p := rows_at(r, after == h))] for h in hosts}
             if bringing := {h: (joined_rows(own),) for h, own in parts.items() if own}:
                 self._ask("take", bringing)
         except (SelfFLError, OSError, MemoryError) as error:
-            cause = f"it could not take the states of clients that moved: {error}"
+            cause = f"states of clients did not get there: {error}"
             raise StateLostError([HostLost(h, cause) for h in hosts]) from error
         self.homes = after
         self._half_moved = set()

@@ -611,8 +611,8 @@ def test_a_move_that_always_loses_a_host_is_tried_once(method, losing, tmp_path,
     assert len(Losing.restarted) == 1
 
 
-@pytest.mark.parametrize(("method", "replaced"), [("admit", 0), ("take", 2)])
-def test_a_run_goes_on_where_examples_or_states_cannot_be_taken_in(
+@pytest.mark.parametrize(("method", "replaced"), [("admit", 0), ("release", 2), ("take", 2)])
+def test_a_run_goes_on_where_examples_or_states_cannot_move(
     method, replaced, losing, tmp_path, whole, swapping, monkeypatch
 ):
     def full(self, *arguments):

@@ -386,3 +386,11 @@ def test_the_gpu_benchmark_says_in_a_line_what_it_cannot_take(given, said, monke
         gpu.main()
     assert end.value.code == 2
     assert re.search(said, capsys.readouterr().err.splitlines()[-1])
+
+
+def test_runs_too_short_for_clients_to_have_moved_are_refused_in_a_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["uneven", "--rounds", "40"])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module("benchmarks.uneven").main()
+    assert end.value.code == 2
+    assert "--rounds: takes more than 40, got 40" in capsys.readouterr().err.splitlines()[-1]
