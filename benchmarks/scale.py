@@ -6,8 +6,9 @@ Parts:
   clients     W1, W3 and W4 train the same 16,000 examples a round with 20, 200 and 1000 clients
   evaluation  W1 with local and global evaluation after every round, and without
   memory      what the driver holds with 100, 1000 and 10,000 clients, and what an idle client adds
-  actors      two client actors against one, on Ray, a round of each in turn, 4 (W2) to 60 (W1)
-              rounds a pass; clock time: needs two cores to itself
+  actors      two client actors against one, and W3s against W3 on two, on Ray, a round of each in
+              turn, 4 (W2) to 60 (W1) rounds a pass; clock time: needs two cores to itself; "within
+              the actors" is the slowest actor's own time
   large       10,000 clients with state in memory, 100,000 with state on disk (4 GiB of disk)
 
 Everything but ``actors`` and ``large`` is processor time of one thread in this process, as other
@@ -168,12 +169,17 @@ def memory_rules(passes: int) -> Iterator[Finding]:
 
 
 def actors(passes: int) -> Iterator[Finding]:
-    """Two client actors against one."""
+    """Two client actors against one, and a tenth of the clients against all of them."""
     # Imported here: the processes that measure memory import this module, too.
-    from benchmarks.scale_actors import two_over_one
+    from benchmarks.scale_actors import tenth_over_all, two_over_one
 
     for name, bound in (("W1", 0.6), ("W3", 0.6), ("W4", 0.6), ("W2", 0.55)):
-        yield Finding(f"{name}, two actors over one", two_over_one(name, passes), bound, "x")
+        ratio = two_over_one(name, passes)
+        yield Finding(f"{name}, two actors over one", ratio.clock, bound, "x")
+        yield Finding(f"{name}, two actors over one, within the actors", ratio.in_hosts, None, "x")
+    ratio = tenth_over_all(passes)
+    yield Finding("W3s over W3, on two actors", ratio.clock, 0.2, "x")
+    yield Finding("W3s over W3, on two actors, within the actors", ratio.in_hosts, None, "x")
 
 
 def large(passes: int) -> Iterator[Finding]:

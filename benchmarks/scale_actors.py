@@ -1,4 +1,4 @@
-"""Rounds on two client actors over those on one, a round of each in turn.
+"""Rounds on two client actors over those on one, and a tenth's over everybody's, each in turn.
 
 The speed of a shared machine changes within seconds: of runs one after the other the ratio says as
 much about the machine as about the actors.
@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from benchmarks.in_process import Bench
+from benchmarks.in_process import Bench, Spent
 from benchmarks.workloads import workload_config
 from selffl_ray.api import placement_of
 from selffl_ray.experiment import prepare_experiment
@@ -24,31 +25,66 @@ ROUNDS = {"W1": 60, "W3": 30, "W4": 15, "W2": 4}
 """Of each placement and pass, the first aside."""
 
 
-def two_over_one(name: str, passes: int) -> float:
-    """The median over all pairs of rounds, by the clock."""
+class Ratio(NamedTuple):
+    """Medians over all pairs of rounds: by the clock, and of the slowest host's own seconds."""
+
+    clock: float
+    in_hosts: float
+
+
+def two_over_one(name: str, passes: int) -> Ratio:
+    """A round on two client actors over one on a single actor."""
+    config = workload_config(name, f"training.num_rounds={1 + ROUNDS[name]}")
     with cluster() as here:
         one, two = (_on_ray(name, count, here.nodes) for count in (1, 2))
         with contextlib.closing(one.pool), contextlib.closing(two.pool):
-            return statistics.median(_in_turn(name, one, two, passes))
+            pairs = [
+                pair
+                for _ in range(passes)
+                for pair in _in_turn(one.rounds(config), two.rounds(config))
+            ]
+    assert all(a.record.digest == b.record.digest for a, b in pairs), "placements agree"
+    return _ratio(pairs)
 
 
-def _on_ray(name: str, num_actors: int, nodes: Sequence[Node]) -> Bench:
-    """A workload on so many client actors; those of two of them find room beside each other."""
+def tenth_over_all(passes: int) -> Ratio:
+    """A round of W3s, a tenth of the clients, over one of W3, all of them; on two client actors."""
+    rounds = f"training.num_rounds={1 + ROUNDS['W3']}"
+    with cluster() as here:
+        # Two pools: a run begins by having its hosts forget the last one.
+        everybody, tenth = (_on_ray("W3", 2, here.nodes, label) for label in ("all", "tenth"))
+        with contextlib.closing(everybody.pool), contextlib.closing(tenth.pool):
+            pairs = [
+                pair
+                for _ in range(passes)
+                for pair in _in_turn(
+                    everybody.rounds(workload_config("W3", rounds)),
+                    tenth.rounds(workload_config("W3s", rounds)),
+                )
+            ]
+    return _ratio(pairs)
+
+
+def _on_ray(name: str, num_actors: int, nodes: Sequence[Node], label: str = "") -> Bench:
+    """A workload on so many client actors; those of two pools find room beside each other."""
     per_actor = math.ceil(len(prepare_experiment(workload_config(name)).clients) / num_actors)
     config = workload_config(
-        name, f"placement.clients_per_actor={per_actor}", "placement.cpus_per_actor=0.5"
+        name, f"placement.clients_per_actor={per_actor}", "placement.cpus_per_actor=0.45"
     )
     plan = placement_of(prepare_experiment(config), nodes)
-    shell = ActorShell("auto", f"{name}-{num_actors}", ((), ""))
+    shell = ActorShell("auto", f"{name}-{num_actors}{label}", ((), ""))
     return Bench(config, pool=ClientPool(RayTransport(plan, shell, 600), plan.homes))
 
 
-def _in_turn(name: str, one: Bench, two: Bench, passes: int) -> list[float]:
-    """Clock time of every round on two actors over that of one before it; the first ones aside."""
-    config = workload_config(name, f"training.num_rounds={1 + ROUNDS[name]}")
-    ratios = []
-    for _ in range(passes):
-        pairs = list(zip(one.rounds(config), two.rounds(config), strict=True))
-        assert all(a.record.digest == b.record.digest for a, b in pairs), "placements agree"
-        ratios += [b.wall_s / a.wall_s for a, b in pairs[1:]]
-    return ratios
+def _in_turn(first: Iterator[Spent], second: Iterator[Spent]) -> list[tuple[Spent, Spent]]:
+    """A round of each run after the other; the first round of both aside."""
+    return list(zip(first, second, strict=True))[1:]
+
+
+def _ratio(pairs: Sequence[tuple[Spent, Spent]]) -> Ratio:
+    clock = statistics.median(b.wall_s / a.wall_s for a, b in pairs)
+    return Ratio(clock, statistics.median(_in_hosts(b) / _in_hosts(a) for a, b in pairs))
+
+
+def _in_hosts(spent: Spent) -> float:
+    return spent.record.metrics["time/train_s"]

@@ -90,6 +90,8 @@ class ClientHost:
         self._states: States = MemoryStates()
         self._changed: set[int] = set()
         self._staged = Staged()
+        # Kept: finding out about a process again takes ten times as long as asking it.
+        self._process = psutil.Process()
 
     # -- set-up ---------------------------------------------------------------------------------
 
@@ -149,7 +151,7 @@ class ClientHost:
             tuple(failures),
             shapes,
             time.perf_counter() - began,
-            resident_bytes(),
+            int(self._process.memory_info().rss),
         )
 
     def reduce(self, commits: Commits, request: ReduceRequest) -> npt.NDArray[np.int64]:
@@ -392,8 +394,3 @@ class ClientHost:
                 adapted,
             )
         return self._algorithm.personalize(shared, per_client, state, stack)
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process."""
-    return int(psutil.Process().memory_info().rss)

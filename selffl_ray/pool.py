@@ -71,7 +71,8 @@ class Transport(Protocol):
     ) -> dict[int, Any]:
         """Call a method of several hosts at once: host -> its answer, or :class:`HostLost`.
 
-        ``shared``, if given, is the first argument of all and travels to each machine once.
+        ``shared``, if given, is the first argument of all; unless small, it travels to each
+        machine once.
         """
         ...
 
@@ -333,7 +334,7 @@ class ClientPool:
         for mean, total in zip(means, answers.mean_totals, strict=True):
             share = mean_shares(mean.by, plan.cohort, federation)[rows].sum()
             assert total is not None, "somebody answered"
-            results.append(exact_value(total) / share)
+            results.append(exact_value(total).div_(share))
         return results
 
     def accept(self, commit: Commit) -> None:

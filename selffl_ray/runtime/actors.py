@@ -104,7 +104,7 @@ class ClientActor:
         }
 
     def call(self, method: str, has_shared: bool, shared: Any, arguments: tuple[Any, ...]) -> Any:
-        """Call a method of the host. ``shared`` arrives from the object store, read-only."""
+        """Call a method of the host. ``shared`` arrives read-only."""
         first = (shared,) if has_shared else ()
         return getattr(self._host, method)(*first, *arguments)
 

@@ -29,6 +29,9 @@ PIN = 0.001
 REACH_S = 10.0
 """Longest wait for a cluster's port to open; Ray itself would try for many minutes."""
 
+IN_MESSAGE = "RAY_max_direct_call_object_size"
+"""Ray's setting: arguments and answers of up to so many bytes travel within the message."""
+
 
 def quiet_ray() -> None:
     """Settings that must stand before ray is imported: loopback only, no usage reports."""
@@ -41,6 +44,9 @@ def quiet_ray() -> None:
     # What becomes of CUDA_VISIBLE_DEVICES in actors without a GPU; the future default, without the
     # warning about it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A way by the object store is four questions to Ray's daemon, some 3 ms a round for a model and
+    # its sums; Ray's own limit is a tenth of this.
+    os.environ.setdefault(IN_MESSAGE, str(2**20))
 
 
 @dataclass(frozen=True)

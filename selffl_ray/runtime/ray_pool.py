@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
+import numpy as np
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
@@ -14,13 +17,16 @@ from ray.exceptions import RayError, RayTaskError
 from selffl_ray.errors import PlacementError, RunError, SelfFLError
 from selffl_ray.pool import HostLost, StateLostError
 from selffl_ray.runtime.actors import ClientActor
-from selffl_ray.runtime.cluster import await_nodes
+from selffl_ray.runtime.cluster import IN_MESSAGE, await_nodes
 from selffl_ray.runtime.placement import ActorPlan, PlacementPlan
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 300.0
 """Longest wait for an actor to start; importing torch on a busy machine takes a while."""
+
+IN_MESSAGE_BY_DEFAULT = 100 * 1024
+"""Bytes; of a Ray that was not started by us."""
 
 SETUP = frozenset({"load", "begin", "admit", "release", "take"})
 """Methods that get an actor ready, or move clients: no measure for them is how long rounds take."""
@@ -74,6 +80,20 @@ def _wave() -> int:
     """Imports of torch compete for the cores: more at once only makes each of them late."""
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return max(2, 2 * int(resources.get("CPU", 1)))
+
+
+def _is_small(shared: Any, copies: int) -> bool:
+    """Whether so many copies in the calls themselves take less time than Ray's object store."""
+    return _num_bytes(shared) * copies <= int(os.environ.get(IN_MESSAGE, IN_MESSAGE_BY_DEFAULT))
+
+
+def _num_bytes(tree: Any) -> float:
+    """Of nested tuples of arrays; of anything else nobody knows."""
+    if isinstance(tree, tuple):
+        return sum(map(_num_bytes, tree))
+    if isinstance(tree, np.ndarray):
+        return tree.nbytes
+    return 0 if tree is None else math.inf
 
 
 class RayTransport:
@@ -138,9 +158,10 @@ class RayTransport:
     ) -> dict[int, Any]:
         """Ask all hosts at once; answers in host order."""
         has = shared is not None
-        reference = ray.put(shared) if has else None
+        beside = has and _is_small(shared, len(arguments))
+        sent = ray.put(shared) if has and not beside else shared
         pending = {
-            host: self._actor(host).call.remote(method, has, reference, own)
+            host: self._actor(host).call.remote(method, has, sent, own)
             for host, own in arguments.items()
         }
         return self._wait(pending, self._patience(method))

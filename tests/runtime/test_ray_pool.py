@@ -11,10 +11,15 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.in_process import Bench
 from selffl_ray import api
+from selffl_ray.algorithms.fedavg import Global
 from selffl_ray.config import load_config
 from selffl_ray.errors import PlacementError, RunError
+from selffl_ray.messages import RunSpec
+from selffl_ray.pool import ClientPool
 from selffl_ray.run_loop import Progress
+from selffl_ray.runtime.cluster import IN_MESSAGE
 from selffl_ray.runtime.placement import ActorPlan, PlacementPlan
 from selffl_ray.runtime.ray_pool import ActorShell, RayTransport, first_actors
 from tests.runtime.saboteur import Saboteur, actors_of, run
@@ -42,6 +47,39 @@ MISBEHAVING = (
     "placement.clients_per_actor=14",
 )
 """All clients in one actor, and in one stack."""
+
+
+# -- how models get there --------------------------------------------------------------------------
+
+
+def test_a_small_model_travels_in_the_calls_and_a_large_one_by_the_object_store(
+    local_ray, monkeypatch
+):
+    """And it is the same one: read-only for all hosts, with the same bits after every round."""
+    put, original = [], local_ray.put
+    monkeypatch.setattr(local_ray, "put", lambda value: put.append(value) or original(value))
+
+    config = load_config(
+        None, [*GAUSSIAN, "placement.clients_per_actor=4", "training.num_rounds=3"]
+    )
+    plan = plan_of((0.3, 0), (0.3, 0))
+    transport = RayTransport(plan, ActorShell("auto", "sent", ((), "")), 60)
+    pool = ClientPool(transport, [client % 2 for client in range(8)])
+    try:
+        bench = Bench(config, pool=pool)
+        small = [done.record.digest for done in bench.rounds(config)]
+        assert [type(value) for value in put] == [RunSpec], "of unknown size, once a run"
+        put.clear()
+        # A model of five numbers fits twice into 40 bytes, but not into 39.
+        monkeypatch.setenv(IN_MESSAGE, "39")
+        assert [done.record.digest for done in bench.rounds(config)] == small
+        assert [type(value) for value in put] == [RunSpec, *3 * [Global]]
+        put.clear()
+        monkeypatch.setenv(IN_MESSAGE, "40")
+        assert [done.record.digest for done in bench.rounds(config)] == small
+        assert len(put) == 1
+    finally:
+        pool.close()
 
 
 # -- where actors are ------------------------------------------------------------------------------
