@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.scale_memory import federation
 from selffl_ray import pool as pool_module
 from selffl_ray import rebalancer as rebalancer_module
 from selffl_ray.balance import WINDOW
 from selffl_ray.client_data import ClientData
 from selffl_ray.driver import run_rounds
+from selffl_ray.experiment import prepare_experiment
 from selffl_ray.pool import LocalTransport
 from selffl_ray.rebalancer import Rebalancer
 from selffl_ray.registry import algorithms
@@ -127,6 +130,21 @@ def test_examples_are_those_of_whoever_is_here_after_any_moves(prepared, moves, 
                 ours.select([place]).take(at), rows.select([place]).take(at), strict=True
             ):
                 assert torch.equal(mine, right)
+
+
+def test_a_client_takes_little_beside_its_examples():
+    """Two dicts and 72 bytes of where its examples lie: a million clients are never asked."""
+    prepared = prepare_experiment(federation(2000))
+    clients = dict(enumerate(prepared.clients))
+    ClientData(prepared.data_spec, {0: clients[0]}, CPU)
+    tracemalloc.start()
+    try:
+        data = ClientData(prepared.data_spec, clients, CPU)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    examples = sum(own.x.nbytes + own.y.nbytes for own in data._examples.values())
+    assert (held - examples) / len(clients) < 300
 
 
 def test_a_client_that_comes_and_goes_does_not_make_its_host_grow(prepared):
