@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from benchmarks.in_process import Bench, Spent
 from benchmarks.workloads import workload_config
 from selffl_ray.api import placement_of
+from selffl_ray.config import ExperimentConfig
 from selffl_ray.experiment import prepare_experiment
 from selffl_ray.pool import ClientPool
 from selffl_ray.runtime.cluster import cluster
@@ -37,32 +38,19 @@ def two_over_one(name: str, passes: int) -> Ratio:
     config = workload_config(name, f"training.num_rounds={1 + ROUNDS[name]}")
     with cluster() as here:
         one, two = (_on_ray(name, count, here.nodes) for count in (1, 2))
-        with contextlib.closing(one.pool), contextlib.closing(two.pool):
-            pairs = [
-                pair
-                for _ in range(passes)
-                for pair in _in_turn(one.rounds(config), two.rounds(config))
-            ]
+        pairs = _in_turn((one, config), (two, config), passes)
     assert all(a.record.digest == b.record.digest for a, b in pairs), "placements agree"
-    return _ratio(pairs)
+    return ratio(pairs)
 
 
 def tenth_over_all(passes: int) -> Ratio:
     """A round of W3s, a tenth of the clients, over one of W3, all of them; on two client actors."""
     rounds = f"training.num_rounds={1 + ROUNDS['W3']}"
+    everybody, tenth = (workload_config(name, rounds) for name in ("W3", "W3s"))
     with cluster() as here:
         # Two pools: a run begins by having its hosts forget the last one.
-        everybody, tenth = (_on_ray("W3", 2, here.nodes, label) for label in ("all", "tenth"))
-        with contextlib.closing(everybody.pool), contextlib.closing(tenth.pool):
-            pairs = [
-                pair
-                for _ in range(passes)
-                for pair in _in_turn(
-                    everybody.rounds(workload_config("W3", rounds)),
-                    tenth.rounds(workload_config("W3s", rounds)),
-                )
-            ]
-    return _ratio(pairs)
+        pools = [_on_ray("W3", 2, here.nodes, label) for label in ("all", "tenth")]
+        return ratio(_in_turn((pools[0], everybody), (pools[1], tenth), passes))
 
 
 def _on_ray(name: str, num_actors: int, nodes: Sequence[Node], label: str = "") -> Bench:
@@ -76,12 +64,20 @@ def _on_ray(name: str, num_actors: int, nodes: Sequence[Node], label: str = "") 
     return Bench(config, pool=ClientPool(RayTransport(plan, shell, 600), plan.homes))
 
 
-def _in_turn(first: Iterator[Spent], second: Iterator[Spent]) -> list[tuple[Spent, Spent]]:
-    """A round of each run after the other; the first round of both aside."""
-    return list(zip(first, second, strict=True))[1:]
+def _in_turn(
+    first: tuple[Bench, ExperimentConfig], second: tuple[Bench, ExperimentConfig], passes: int
+) -> list[tuple[Spent, Spent]]:
+    """A round of each run after the other, the first round of both aside; then both pools end."""
+    with contextlib.closing(first[0].pool), contextlib.closing(second[0].pool):
+        found = []
+        for _ in range(passes):
+            runs = (bench.rounds(config) for bench, config in (first, second))
+            found += list(zip(*runs, strict=True))[1:]
+    return found
 
 
-def _ratio(pairs: Sequence[tuple[Spent, Spent]]) -> Ratio:
+def ratio(pairs: Sequence[tuple[Spent, Spent]]) -> Ratio:
+    """Of the second of each pair over the first."""
     clock = statistics.median(b.wall_s / a.wall_s for a, b in pairs)
     return Ratio(clock, statistics.median(_in_hosts(b) / _in_hosts(a) for a, b in pairs))
 

@@ -6,12 +6,14 @@ import os
 import signal
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
-from benchmarks.in_process import Bench
+from benchmarks.in_process import Bench, Spent
+from benchmarks.scale_actors import Ratio, ratio
 from selffl_ray import api
 from selffl_ray.algorithms.fedavg import Global
 from selffl_ray.config import load_config
@@ -21,7 +23,12 @@ from selffl_ray.pool import ClientPool
 from selffl_ray.run_loop import Progress
 from selffl_ray.runtime.cluster import IN_MESSAGE
 from selffl_ray.runtime.placement import ActorPlan, PlacementPlan
-from selffl_ray.runtime.ray_pool import ActorShell, RayTransport, first_actors
+from selffl_ray.runtime.ray_pool import (
+    IN_MESSAGE_BY_DEFAULT,
+    ActorShell,
+    RayTransport,
+    first_actors,
+)
 from tests.runtime.saboteur import Saboteur, actors_of, run
 
 pytestmark = pytest.mark.ray
@@ -55,31 +62,42 @@ MISBEHAVING = (
 def test_a_small_model_travels_in_the_calls_and_a_large_one_by_the_object_store(
     local_ray, monkeypatch
 ):
-    """And it is the same one: read-only for all hosts, with the same bits after every round."""
+    """And it is the same one, with the same bits after every round."""
     put, original = [], local_ray.put
-    monkeypatch.setattr(local_ray, "put", lambda value: put.append(value) or original(value))
-
-    config = load_config(
-        None, [*GAUSSIAN, "placement.clients_per_actor=4", "training.num_rounds=3"]
-    )
-    plan = plan_of((0.3, 0), (0.3, 0))
-    transport = RayTransport(plan, ActorShell("auto", "sent", ((), "")), 60)
+    monkeypatch.setattr(local_ray, "put", lambda value: put.append(type(value)) or original(value))
+    data = "data={name: gaussian, num_clients: 8, dimension: 50000, num_examples: [4, 4]}"
+    config = load_config(None, [*GAUSSIAN, data, "training.num_rounds=3"])
+    transport = RayTransport(plan_of((0.3, 0), (0.3, 0)), ActorShell("auto", "sent", ((), "")), 60)
     pool = ClientPool(transport, [client % 2 for client in range(8)])
+
+    def digests():
+        put.clear()
+        return [done.record.digest for done in bench.rounds(config)]
+
     try:
         bench = Bench(config, pool=pool)
-        small = [done.record.digest for done in bench.rounds(config)]
-        assert [type(value) for value in put] == [RunSpec], "of unknown size, once a run"
-        put.clear()
-        # A model of five numbers fits twice into 40 bytes, but not into 39.
-        monkeypatch.setenv(IN_MESSAGE, "39")
-        assert [done.record.digest for done in bench.rounds(config)] == small
-        assert [type(value) for value in put] == [RunSpec, *3 * [Global]]
-        put.clear()
-        monkeypatch.setenv(IN_MESSAGE, "40")
-        assert [done.record.digest for done in bench.rounds(config)] == small
-        assert len(put) == 1
+        both = 2 * bench.prepared.run_spec.start_params.nbytes
+        assert IN_MESSAGE_BY_DEFAULT < both < 2**20, "between Ray's own limit and ours"
+        expected = digests()
+        # Of the run's specification nobody knows the size: once a run.
+        assert put == [RunSpec]
+        for limit, models in ((both, 0), (both - 1, 3), (None, 3)):
+            if limit is None:
+                monkeypatch.delenv(IN_MESSAGE)
+            else:
+                monkeypatch.setenv(IN_MESSAGE, str(limit))
+            assert digests() == expected
+            assert put == [RunSpec, *models * [Global]]
     finally:
         pool.close()
+
+
+def test_rounds_in_turn_are_compared_in_pairs():
+    def spent(wall_s, in_hosts):
+        return Spent(0.0, wall_s, SimpleNamespace(metrics={"time/train_s": in_hosts}))
+
+    pairs = [(spent(4, 2), spent(1, 1)), (spent(2, 1), spent(1, 0.1)), (spent(1, 1), spent(9, 9))]
+    assert ratio(pairs) == Ratio(0.5, 0.5)
 
 
 # -- where actors are ------------------------------------------------------------------------------
