@@ -28,8 +28,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from selffl_ray import run_experiment
-from selffl_ray.config import apply_value, parse_config
+from selffl_ray.config import parse_config
 from selffl_ray.errors import RunError
+from selffl_ray.raw_config import apply_value
 from selffl_ray.search_space import Settings, expand, read_space
 from selffl_ray.sweep import load_sweep
 

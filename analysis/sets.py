@@ -26,12 +26,13 @@ import pandas as pd
 from analysis.report.measures import number, shown, signed
 from analysis.report.statistics import NOISE, Interval, paired, t_interval
 from selffl_ray import ExperimentConfig, run_experiment
-from selffl_ray.config import apply_value, parse_config
+from selffl_ray.config import parse_config
 from selffl_ray.datasets.base import Dataset
 from selffl_ray.describe import describe
 from selffl_ray.errors import ConfigError, DataError, UsageError
 from selffl_ray.experiment import prepare_experiment
 from selffl_ray.flat import digest
+from selffl_ray.raw_config import apply_value
 from selffl_ray.registry import datasets
 from selffl_ray.run_loop import run_identity
 from selffl_ray.search_space import expand, read_space

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import secrets
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from selffl_ray.config import (
 from selffl_ray.errors import ConfigError, DataError
 from selffl_ray.execution import run_in_thread, run_on_ray
 from selffl_ray.experiment import Prepared, prepare_experiment
+from selffl_ray.local_ray import is_ray_ours
 from selffl_ray.registry import Component, algorithms
 from selffl_ray.run_loop import run_digest, run_identity
 from selffl_ray.run_writer import Job, check_one_configuration
@@ -44,6 +44,18 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6
 """Of the methods of a comparison in MLflow: told apart by colour-blind people too (Okabe, Ito)."""
 SHOWN_KEYS = 4
 """Most keys that a message names."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Runs that have been checked, to go one after the other on the same actors.
+
+    configs, jobs, prepared: of each run.
+    """
+
+    configs: Sequence[ExperimentConfig]
+    jobs: Sequence[Job]
+    prepared: Sequence[Prepared]
 
 
 @dataclass(frozen=True)
@@ -126,10 +138,23 @@ def run_experiment(
         UsageError: something about the request cannot work; no actor was started.
         RunError: the run failed.
     """
+    return launch(request_run(config, output=output, resume=resume), watch, interrupt)[0]
+
+
+def request_run(
+    config: ExperimentConfig,
+    *,
+    output: str | Path | None = None,
+    resume: str | Path | None = None,
+) -> Request:
+    """What :func:`run_experiment` checks before it starts anything, with the same arguments.
+
+    Raises:
+        UsageError: something about the request cannot work.
+    """
     config = resolve(config)
     folder = Path(resume or output or new_folder(config)).absolute()
-    job = make_job(config, folder, resume=resume is not None)
-    return _launch([config], [job], watch, interrupt or Interrupt())[0]
+    return _checked([config], [make_job(config, folder, resume=resume is not None)])
 
 
 def run_comparison(
@@ -151,6 +176,21 @@ def run_comparison(
         UsageError: something about the request cannot work; no actor was started.
         RunError: a run failed.
     """
+    return launch(request_comparison(config, methods, seeds=seeds, output=output), watch, interrupt)
+
+
+def request_comparison(
+    config: ExperimentConfig,
+    methods: Sequence[Component],
+    *,
+    seeds: Sequence[int] | None = None,
+    output: str | Path | None = None,
+) -> Request:
+    """What :func:`run_comparison` checks before it starts anything, with the same arguments.
+
+    Raises:
+        UsageError: something about the request cannot work.
+    """
     configs = [
         dataclasses.replace(config, method=method, seed=seed)
         for seed in (seeds if seeds is not None else [config.seed])
@@ -171,7 +211,7 @@ def run_comparison(
             "names or presets, and a seed may occur once; without an output folder each run gets "
             "a folder of its own"
         )
-    return _launch(configs, jobs, watch, interrupt or Interrupt())
+    return _checked(configs, jobs)
 
 
 def new_folder(config: ExperimentConfig) -> Path:
@@ -234,30 +274,35 @@ def _check_resumable(prepared: Prepared, folder: Path) -> None:
         read_tables(folder, head["round_index"])
 
 
-def _launch(
-    configs: Sequence[ExperimentConfig], jobs: Sequence[Job], watch: Watch, interrupt: Interrupt
-) -> list[Result]:
+def _checked(configs: Sequence[ExperimentConfig], jobs: Sequence[Job]) -> Request:
     prepared = [prepare_experiment(config) for config in configs]
     for one, job in zip(prepared, jobs, strict=True):
         if job.resume:
             _check_resumable(one, Path(job.folder))
-    first, config = prepared[0], configs[0]
-    label = f"{config.experiment}-{os.getpid()}-{secrets.token_hex(2)}"
     counts = {len(p.client_ids) for p in prepared}
     if len(counts) > 1:
         raise ConfigError(f"runs on the same actors need the same number of clients, got {counts}")
+    if configs[0].placement.backend == "ray" and is_ray_ours():
+        # Refused before an actor is started, if this machine alone cannot do it.
+        placement_of(prepared[0], this_machine())
+    return Request(configs, jobs, prepared)
+
+
+def launch(
+    request: Request, watch: Watch = _ignore, interrupt: Interrupt | None = None
+) -> list[Result]:
+    """Carry out a request to its end; see :func:`run_experiment`."""
+    first, config, jobs = request.prepared[0], request.configs[0], request.jobs
+    label = f"{config.experiment}-{os.getpid()}-{secrets.token_hex(2)}"
+    stopping = (interrupt or Interrupt()).is_set
     if config.placement.backend == "local":
         plan = placement_of(first, [])
-        done = run_in_thread(jobs, plan, label, watch, interrupt.is_set)
+        done = run_in_thread(jobs, plan, label, watch, stopping)
     else:
-        if not os.environ.get("RAY_ADDRESS") and not ray_is_running():
-            # Refused before Ray is started, if this machine alone cannot do it.
-            placement_of(first, this_machine())
         with cluster() as ray_cluster:
             plan = placement_of(first, ray_cluster.nodes)
-            done = run_on_ray(
-                jobs, plan, label, watch, interrupt.is_set, restarts=config.faults.max_retries
-            )
+            restarts = config.faults.max_retries
+            done = run_on_ray(jobs, plan, label, watch, stopping, restarts=restarts)
     return [Result(summary, Path(summary["folder"])) for summary in done]
 
 
@@ -269,12 +314,6 @@ def placement_of(prepared: Prepared, nodes: Sequence[Any]) -> PlacementPlan:
     """
     config = prepared.config.placement
     return plan_placement(config, nodes, prepared.client_ids, prepared.work)
-
-
-def ray_is_running() -> bool:
-    """Whether this process is connected to a Ray already."""
-    ray = sys.modules.get("ray")
-    return bool(ray is not None and ray.is_initialized())
 
 
 def parse_method(text: str, config: ExperimentConfig) -> Component:

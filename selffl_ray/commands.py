@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from selffl_ray.api import (
     Interrupt,
+    Request,
     Result,
+    launch,
     parse_method,
     placement_of,
-    run_comparison,
-    run_experiment,
+    request_comparison,
+    request_run,
 )
 from selffl_ray.config import ExperimentConfig, load_config, to_yaml
 from selffl_ray.console import ProgressPrinter, comparison_table, ranking_table, text_table
@@ -83,8 +83,21 @@ def watching(say: Say) -> Iterator[ProgressPrinter]:
         printer.end()
 
 
-def run(options: argparse.Namespace, say: Say) -> int:
-    """``selffl run``."""
+def request(options: argparse.Namespace) -> Request:
+    """What ``selffl run`` or ``selffl compare`` is to do, checked before anything starts.
+
+    Raises:
+        UsageError: it cannot be done.
+    """
+    if options.command == "run":
+        return request_run(_run_config(options), output=options.output, resume=options.resume)
+    config = load_config(options.config, options.set)
+    methods = _methods(options.methods, config)
+    seeds = [config.seed] if options.seeds is None else _seeds(options.seeds)
+    return request_comparison(config, methods, seeds=seeds, output=options.output)
+
+
+def _run_config(options: argparse.Namespace) -> ExperimentConfig:
     path = options.config
     if options.resume:
         if options.config or options.output:
@@ -95,24 +108,23 @@ def run(options: argparse.Namespace, say: Say) -> int:
         path = Path(options.resume) / "config.yaml"
         if not path.is_file():
             raise ConfigError(f"--resume {options.resume}: there is no run in that folder")
-    config = load_config(path, options.set)
+    return load_config(path, options.set)
+
+
+def run(options: argparse.Namespace, say: Say, asked: Request | None = None) -> int:
+    """``selffl run``; asked: the request, if it has been made."""
     if options.dry_run:
-        return _dry_run(config, say)
+        return _dry_run(_run_config(options), say)
     with watching(say) as printer, stoppable(say) as interrupt:
-        result = run_experiment(
-            config,
-            output=options.output,
-            resume=options.resume,
-            watch=printer,
-            interrupt=interrupt,
-        )
+        asked = asked or request(options)
+        result = launch(asked, printer, interrupt)[0]
     if result.summary["status"] == "STOPPED":
         say.out(f"stopped after {result.summary['rounds']} rounds; go on with")
         say.out(f"  selffl run --resume {shlex.quote(str(result.folder))}")
         return STOPPED
     say.out(comparison_table([result.summary]))
     say.out(f"folder: {result.folder}")
-    _where_to_look(config, result, say)
+    _where_to_look(asked.configs[0], result, say)
     return 0
 
 
@@ -135,19 +147,15 @@ def _nodes() -> list[Node]:
         return found.nodes
 
 
-def compare(options: argparse.Namespace, say: Say) -> int:
-    """``selffl compare``."""
-    config = load_config(options.config, options.set)
-    methods = _methods(options.methods, config)
-    seeds = [config.seed] if options.seeds is None else _seeds(options.seeds)
+def compare(options: argparse.Namespace, say: Say, asked: Request | None = None) -> int:
+    """``selffl compare``; asked: the request, if it has been made."""
     with watching(say) as printer, stoppable(say) as interrupt:
-        results = run_comparison(
-            config, methods, seeds=seeds, output=options.output, watch=printer, interrupt=interrupt
-        )
+        asked = asked or request(options)
+        results = launch(asked, printer, interrupt)
     say.out(comparison_table([r.summary for r in results]))
     say.out(f"folders: {results[0].folder.parent}")
-    _where_to_look(config, results[0], say)
-    last, wanted = results[-1], len(methods) * len(seeds)
+    _where_to_look(asked.configs[0], results[0], say)
+    last, wanted = results[-1], len(asked.jobs)
     if last.summary["status"] != "STOPPED" and len(results) == wanted:
         return 0
     say.out(f"stopped in run {len(results)} of {wanted}")
@@ -225,6 +233,8 @@ def _tell_sweep(sweep: SweepConfig, result: SweepResult, say: Say) -> int:
         say.out(f"  selffl tune --resume {shlex.quote(str(result.folder))}")
         return STOPPED
     if result.failed:
+        import pandas as pd
+
         rows = pd.concat(result.rows.values())
         first = rows[rows["status"] == "FAILED"].iloc[0]
         say.out(f"{result.failed} trials failed; the first: {first['trial']}: {first['error']}")

@@ -28,6 +28,7 @@ from selffl_ray.errors import ConfigError, shown
 from selffl_ray.evaluation import EvaluationConfig
 from selffl_ray.faults import FaultsConfig
 from selffl_ray.models.build import ModelConfig
+from selffl_ray.raw_config import Raw, read_raw
 from selffl_ray.registry import (
     Component,
     Registry,
@@ -38,11 +39,10 @@ from selffl_ray.registry import (
     partitioners,
 )
 from selffl_ray.runtime.placement import PlacementConfig
-from selffl_ray.safe_yaml import BROKEN_YAML, dump, load
+from selffl_ray.safe_yaml import dump
 from selffl_ray.tracking import TrackingConfig, resolve_uri
 from selffl_ray.training_config import TrainingConfig
 
-Raw = dict[str, Any]
 Value = TypeVar("Value")
 
 MOST_COUNT = 10**8
@@ -118,59 +118,7 @@ def load_config(
         ConfigError: in one line, naming the key, the value and the remedy.
     """
     base = Path(folder or Path.cwd()).absolute()
-    raw = read_yaml(Path(path)) if path is not None else {}
-    for setting in sets:
-        apply_setting(raw, setting)
-    return parse_config(raw, base)
-
-
-def read_yaml(path: Path) -> Raw:
-    """A mapping from a YAML file, loaded safely.
-
-    Raises:
-        ConfigError: no such file, not YAML, or not a mapping.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
-    raw = _from_yaml(text, str(path))
-    if raw is None:
-        return {}
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold a mapping of keys, found a {type(raw).__name__}")
-    return raw
-
-
-def _from_yaml(text: str, where: str) -> Any:
-    try:
-        return load(text)
-    except BROKEN_YAML as error:
-        found = " ".join(str(error).split())
-        raise ConfigError(f"{where} is not valid YAML: {found}") from error
-
-
-def apply_setting(raw: Raw, setting: str) -> None:
-    """Write one ``dotted.key=value`` into a raw configuration (which is changed)."""
-    key, equals, text = setting.partition("=")
-    if not equals or not all(key.split(".")):
-        raise ConfigError(f"--set {setting!r}: write dotted.key=value, as in training.num_rounds=5")
-    apply_value(raw, key, _from_yaml(text, f"--set {key}: the value {shown(text)}"))
-
-
-def apply_value(raw: Raw, key: str, value: Any) -> None:
-    """Write a plain value under a dotted key into a raw configuration (which is changed)."""
-    at = raw
-    *parents, last = key.split(".")
-    for parent in parents:
-        child = at.get(parent)
-        if isinstance(child, str):
-            child = {"name": child}
-        if not isinstance(child, dict):
-            child = {}
-        at[parent] = child
-        at = child
-    at[last] = value
+    return parse_config(read_raw(path, sets), base)
 
 
 def parse_config(raw: Raw, folder: Path) -> ExperimentConfig:

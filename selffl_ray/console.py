@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from selffl_ray.datasets.store import StoreProgress
 from selffl_ray.run_loop import Progress
 from selffl_ray.sweep_progress import SweepProgress
 from selffl_ray.sweep_results import Ranked, interval, shown
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Row = Mapping[str, Any]
 

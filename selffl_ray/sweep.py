@@ -20,17 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from selffl_ray.config import (
-    ExperimentConfig,
-    apply_setting,
-    apply_value,
-    parse_config,
-    parse_part,
-    read_yaml,
-    to_raw,
-)
+from selffl_ray.config import ExperimentConfig, parse_config, parse_part, to_raw
 from selffl_ray.errors import ConfigError
 from selffl_ray.evaluation import metric_names
+from selffl_ray.raw_config import apply_value, read_raw
 from selffl_ray.registry import algorithms, datasets, nearest
 from selffl_ray.runtime.placement import DRIVER_CPUS
 from selffl_ray.search_space import Settings, expand, read_space
@@ -219,10 +212,7 @@ def load_sweep(path: Path, sets: Sequence[str] = ()) -> SweepConfig:
     Raises:
         ConfigError: in one line, naming the key, the value and the remedy.
     """
-    raw = read_yaml(path)
-    for setting in sets:
-        apply_setting(raw, setting)
-    return parse_part(SweepConfig, raw, "")
+    return parse_part(SweepConfig, read_raw(path, sets), "")
 
 
 # -- configurations and trials ------------------------------------------------------------------

@@ -12,16 +12,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
-from selffl_ray.api import make_job, ray_is_running
+from selffl_ray.api import make_job
 from selffl_ray.config import ExperimentConfig, dump_yaml, flatten, to_raw
+from selffl_ray.local_ray import is_ray_ours
 from selffl_ray.run_loop import Message
 from selffl_ray.run_writer import Job
 from selffl_ray.runtime.cluster import check_shared, cluster, this_machine
@@ -49,6 +47,9 @@ from selffl_ray.sweep_scheduler import SchedulerConfig
 from selffl_ray.sweep_search import Search, values_to_tell
 from selffl_ray.tables import write_json, write_text
 from selffl_ray.tracking import close_sweep, open_sweep, resolve_uri
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def run_sweep(
     check_folder(sweep, folder, resume=resume is not None)
     if resume is not None:
         check_origin(folder)
-    if not os.environ.get("RAY_ADDRESS") and not ray_is_running():
+    if is_ray_ours():
         plan_sweep(sweep, this_machine())
     with cluster() as ray_cluster:
         plan = plan_sweep(sweep, ray_cluster.nodes)

@@ -18,9 +18,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from selffl_ray.errors import ConfigError
 from selffl_ray.search_space import Dimension, Raw, Settings, expand, read_space
@@ -28,6 +26,9 @@ from selffl_ray.seeding import generator
 from selffl_ray.sweep import Configuration, SweepConfig, checked, labelled, short_keys
 from selffl_ray.sweep_results import values_by_seed
 from selffl_ray.tables import write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MOST_CORNERS = 4096
 """Combinations that are checked before a search starts, some milliseconds each."""

@@ -12,9 +12,8 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -30,6 +29,9 @@ from selffl_ray.numerics import processor
 from selffl_ray.run_loop import Progress
 from selffl_ray.run_writer import check_one_configuration
 from selffl_ray.tables import TABLES
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MEND = "put it back as the run wrote it: a run that has lost a part cannot be verified"
 NOTES = ("summary.json", "tracking.json")

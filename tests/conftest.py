@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+
 import hypothesis
 import pytest
 import torch
@@ -18,3 +21,19 @@ def stores(tmp_path_factory):
         folder = tmp_path_factory.mktemp("stores")
         patch.setenv("SELFFL_RAY_STORES", str(folder))
         yield folder
+
+
+@contextlib.contextmanager
+def no_ray_meanwhile(work):
+    """As the command's own, but nothing is started: the work is done in a second thread."""
+    with ThreadPoolExecutor(1) as second:
+        done = second.submit(work)
+    yield done.result()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_early_ray():
+    """Commands in the tests' own process start a Ray no sooner than they need one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("selffl_ray.cli.ray_meanwhile", no_ray_meanwhile)
+        yield

@@ -21,6 +21,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ import pandas as pd
 import pytest
 
 from selffl_ray import api, commands, load_config
-from selffl_ray.cli import main
+from selffl_ray.cli import _starts_ray, build_parser, main
 from selffl_ray.config import parse_config
 from selffl_ray.console import (
     ProgressPrinter,
@@ -147,8 +148,6 @@ def test_every_command_explains_itself_with_an_example_that_parses(selffl, comma
     assert said.err == ""
     example = said.out.partition("example: ")[2].replace("\n", " ").strip()
     assert example.startswith(f"selffl {command.split()[0]}")
-    from selffl_ray.cli import build_parser
-
     assert build_parser().parse_args(shlex.split(example)[1:]).command
 
 
@@ -485,6 +484,45 @@ def test_verbose_adds_the_traceback(selffl):
     assert said.err.splitlines()[-1].startswith("selffl: seed must be a valid integer")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "starts"),
+    [
+        (["run"], True),
+        (["run", *sets("seed=1", "placement.clients_per_actor=7")], True),
+        (["compare", "--methods", "fedavg"], True),
+        (["run", "ray.yaml"], True),
+        (["run", "--resume", "run"], True),
+        (["run", "--dry-run"], False),
+        (["run", *sets("placement.backend=local")], False),
+        (["run", "local.yaml"], False),
+        (["run", "local.yaml", *sets("placement.backend=ray")], True),
+        (["run", *sets("placement=local")], False),
+        (["run", *sets("placement=[]", "seed=1")], True),
+        (["run", *sets("placement=[1]")], False),
+        (["run", *sets("nonsense")], False),
+        (["run", "missing.yaml"], False),
+        (["run", "--resume", "missing"], False),
+        (["verify", "run"], False),
+        (["doctor"], False),
+    ],
+)
+def test_a_ray_is_started_early_for_what_will_run_on_one(selffl, arguments, starts):
+    Path("local.yaml").write_text("placement: {backend: local}")
+    Path("ray.yaml").write_text("seed: 1")
+    Path("run").mkdir()
+    shutil.copy("ray.yaml", Path("run") / "config.yaml")
+    assert _starts_ray(build_parser().parse_args(arguments)) == starts
+
+
+def test_no_ray_is_started_early_where_there_is_one(selffl, monkeypatch):
+    options = build_parser().parse_args(["run"])
+    with monkeypatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+        assert not _starts_ray(options)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
+    assert not _starts_ray(options)
+
+
 def test_a_mistake_of_ours_is_one_line_and_status_1(selffl, monkeypatch):
     def broken(options: Any, say: Any) -> int:
         raise RuntimeError("first\nsecond")
@@ -496,11 +534,11 @@ def test_a_mistake_of_ours_is_one_line_and_status_1(selffl, monkeypatch):
 
 
 def test_an_error_begins_a_line_of_its_own_after_a_live_line(selffl, monkeypatch):
-    def fails(*args: Any, watch: Callable[[Any], None], **kwargs: Any) -> None:
+    def fails(asked: Any, watch: Callable[[Any], None], interrupt: Any) -> None:
         watch(Progress("a", 0, 9, 2, {}, 1.0))
         raise RunError("it broke")
 
-    monkeypatch.setattr(commands, "run_experiment", fails)
+    monkeypatch.setattr(commands, "launch", fails)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     said = selffl("run")
     assert said.code == 1
@@ -628,17 +666,17 @@ def test_unequal_costs_are_said_under_the_table(selffl):
 
 
 def test_a_comparison_that_is_stopped_says_how_to_go_on(selffl, monkeypatch, tmp_path):
-    real = commands.run_comparison
+    real = commands.launch
 
-    def stopped(*args: Any, watch: Callable[[Any], None], interrupt: Any, **kwargs: Any) -> Any:
+    def stopped(asked: Any, watch: Callable[[Any], None], interrupt: Any) -> Any:
         def watching(event: Any) -> None:
             watch(event)
             if isinstance(event, Progress) and event.label.startswith("local"):
                 interrupt.set()
 
-        return real(*args, watch=watching, interrupt=interrupt, **kwargs)
+        return real(asked, watching, interrupt)
 
-    monkeypatch.setattr(commands, "run_comparison", stopped)
+    monkeypatch.setattr(commands, "launch", stopped)
     rounds = sets("training.num_rounds=40", "training.num_local_steps=60", SMALL)
     methods = ["--methods", "fedavg,local,selffl", "--output", "all"]
     said = selffl("compare", *LOCAL, *rounds, *methods)

@@ -26,7 +26,7 @@ LAYERS = {
     2: "algorithms",
     3: "messages updates client_data states staged host balance pool rebalancer events faults "
     "driver",
-    4: "runtime tracking checkpoint event_log tables config safe_yaml",
+    4: "runtime local_ray tracking checkpoint event_log tables config raw_config safe_yaml",
     5: "cli commands console tuning experiment environment run_writer run_loop execution api "
     "describe doctor estimate exported_models verification serving search_space stepped_run sweep "
     "sweep_folder sweep_mutation sweep_plan sweep_population sweep_progress sweep_results "
@@ -35,7 +35,7 @@ LAYERS = {
 LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts.split()}
 
 HOMES = {
-    "ray": {"runtime", "tuning"},
+    "ray": {"runtime", "tuning", "local_ray"},
     "mlflow": {"tracking"},
     "yaml": {"safe_yaml"},
     "pydantic": {"config"},

@@ -25,11 +25,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from selffl_ray import api, load_config
-from selffl_ray.config import read_yaml, to_raw
+from selffl_ray.config import to_raw
 from selffl_ray.datasets.parquet import ParquetConfig, find_parquet, read_parquet
 from selffl_ray.datasets.speech import read_wav
 from selffl_ray.datasets.store import prepare
 from selffl_ray.errors import SelfFLError
+from selffl_ray.raw_config import read_yaml
 from selffl_ray.registry import Component, datasets
 from selffl_ray.runtime.placement import Node
 from tests import mutations

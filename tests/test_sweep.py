@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from selffl_ray.algorithms.selffl.config import SelfFLConfig, idle
-from selffl_ray.config import load_config, parse_part, read_yaml, to_raw
+from selffl_ray.config import load_config, parse_part, to_raw
 from selffl_ray.errors import ConfigError, SelfFLError
 from selffl_ray.evaluation import ClientScores, metric_names, split_metrics
 from selffl_ray.experiment import prepare_experiment
+from selffl_ray.raw_config import read_yaml
 from selffl_ray.registry import Component, datasets
 from selffl_ray.runtime.placement import Node
 from selffl_ray.sweep import (

@@ -4,11 +4,10 @@ Ray reads some settings when it is imported, so they are made before any module 
 """
 
 from selffl_ray.importing import uncollected
+from selffl_ray.local_ray import quiet_ray
 
 # In a client actor this is the first import of torch.
 with uncollected():
     import torch  # noqa: F401
-
-    from selffl_ray.runtime.cluster import quiet_ray
 
 quiet_ray()

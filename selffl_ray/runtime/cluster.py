@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import socket
-import threading
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import Any, NamedTuple
 import psutil
 
 from selffl_ray.errors import PlacementError
+from selffl_ray.local_ray import LOOPBACK, UNHEARD, quiet_ray, start_ray
 from selffl_ray.runtime.placement import Node
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
 HEAD = "node:__internal_head__"
 """Resource that Ray gives to the head only."""
 SHARED_S = 60.0
@@ -28,25 +27,6 @@ PIN = 0.001
 """Share of a machine's own resource that pins an actor to it: room for a thousand."""
 REACH_S = 10.0
 """Longest wait for a cluster's port to open; Ray itself would try for many minutes."""
-
-IN_MESSAGE = "RAY_max_direct_call_object_size"
-"""Ray's setting: arguments and answers of up to so many bytes travel within the message."""
-
-
-def quiet_ray() -> None:
-    """Settings that must stand before ray is imported: loopback only, no usage reports."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Without it Ray binds the machine's own address (the name notwithstanding).
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    # Many small actors are what we want; Ray warns on the terminal from 4 starts a core on. Starts
-    # are staggered by ray_pool.
-    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "64")
-    # What becomes of CUDA_VISIBLE_DEVICES in actors without a GPU; the future default, without the
-    # warning about it.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # A way by the object store is four questions to Ray's daemon, some 3 ms a round for a model and
-    # its sums; Ray's own limit is a tenth of this.
-    os.environ.setdefault(IN_MESSAGE, str(2**20))
 
 
 @dataclass(frozen=True)
@@ -77,80 +57,23 @@ def cluster() -> Iterator[Cluster]:
         yield Cluster(_nodes(), ours=False)
         return
     address = os.environ.get("RAY_ADDRESS")
-    common: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": "error",
-        "configure_logging": True,
-    }
     if address:
         try:
             _knock(address)
-            ray.init(address=address, **common)
+            ray.init(address=address, **UNHEARD)
         except (OSError, RuntimeError, ValueError, RayError) as error:
             raise PlacementError(
                 f"RAY_ADDRESS={address} cannot be reached: {error}; start that cluster, give its "
                 "token (RAY_AUTH_MODE=token), or unset RAY_ADDRESS to use this machine"
             ) from error
     else:
-        with _without_helpers():
-            ray.init(address="local", _node_ip_address=LOOPBACK, include_dashboard=False, **common)
+        start_ray()
     try:
         _check_loopback(ours=not address)
         yield Cluster(_nodes(), ours=not address)
     finally:
         # Disconnects from a cluster that was there before, and ends one of our own.
         ray.shutdown()
-
-
-@contextlib.contextmanager
-def _without_helpers() -> Iterator[None]:
-    """Have ``ray.init`` leave out what a cluster that nobody looks at does not need.
-
-    The autoscaler of a cluster of one fixed machine, the reader of logs that nobody wants on the
-    terminal, and the process of a dashboard that is not wanted: together some 190 MB and a third of
-    the time that Ray takes to start. The autoscaler would also delay the end by a second, for it
-    does not listen to SIGTERM once the GCS is gone. There is no option for it. Who has asked for
-    usage reports gets all of them, and so does a Ray that starts them by other methods.
-    """
-    try:
-        from ray._private.node import Node as RayNode
-    except ImportError:
-        yield
-        return
-    wanted = os.environ.get("RAY_USAGE_STATS_ENABLED") != "0"
-    with _PATCHING, contextlib.ExitStack() as stack:
-        for name, substitute in () if wanted else UNUSED_HELPERS.items():
-            if hasattr(RayNode, name):
-                stack.callback(setattr, RayNode, name, getattr(RayNode, name))
-                setattr(RayNode, name, substitute)
-        yield
-
-
-def _start_nothing(node: Any, *_: object, **__: object) -> None:
-    pass
-
-
-def _tell_no_dashboard(node: Any, *_: object, **__: object) -> None:
-    """An address where nobody listens: Ray's agent would look for one every second, and log it."""
-    from ray._private import ray_constants
-
-    node.get_gcs_client().internal_kv_put(
-        ray_constants.DASHBOARD_ADDRESS.encode(),
-        f"{LOOPBACK}:0".encode(),
-        True,
-        ray_constants.KV_NAMESPACE_DASHBOARD,
-    )
-
-
-UNUSED_HELPERS = {
-    "start_monitor": _start_nothing,
-    "start_log_monitor": _start_nothing,
-    "start_api_server": _tell_no_dashboard,
-}
-"""Methods of Ray's node by which it starts what a Ray of our own can do without, and what to call
-instead."""
-_PATCHING = threading.Lock()
-"""Held while they are replaced: a second thread would keep a substitute for the original."""
 
 
 def _check_loopback(*, ours: bool) -> None:

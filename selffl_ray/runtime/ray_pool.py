@@ -15,9 +15,10 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from selffl_ray.errors import PlacementError, RunError, SelfFLError
+from selffl_ray.local_ray import IN_MESSAGE
 from selffl_ray.pool import HostLost, StateLostError
 from selffl_ray.runtime.actors import ClientActor
-from selffl_ray.runtime.cluster import IN_MESSAGE, await_nodes
+from selffl_ray.runtime.cluster import await_nodes
 from selffl_ray.runtime.placement import ActorPlan, PlacementPlan
 
 logger = logging.getLogger(__name__)

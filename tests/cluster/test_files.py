@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
-from selffl_ray.runtime.cluster import quiet_ray
+from selffl_ray.local_ray import quiet_ray
 from tests.cluster.namespace import ROOT
 
 AWS, ONPREM = "cluster.yaml", "cluster-onprem.yaml"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from selffl_ray.runtime.cluster import LOOPBACK, quiet_ray
+from selffl_ray.local_ray import LOOPBACK, quiet_ray
 
 HERE = Path(__file__).parent
 LIMIT_S = 180

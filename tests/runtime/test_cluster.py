@@ -16,12 +16,8 @@ from pathlib import Path
 import pytest
 
 from selffl_ray.console import size
-from selffl_ray.runtime.cluster import (
-    LOOPBACK,
-    UNUSED_HELPERS,
-    _without_helpers,
-    cluster,
-)
+from selffl_ray.local_ray import LOOPBACK, UNUSED_HELPERS, _without_helpers
+from selffl_ray.runtime.cluster import cluster
 from tests.runtime.processes import Sandbox
 from tests.runtime.saboteur import ROOT
 

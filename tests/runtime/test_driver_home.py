@@ -46,7 +46,7 @@ def where(config, federation):
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from selffl_ray.runtime.cluster import quiet_ray
+from selffl_ray.local_ray import quiet_ray
 quiet_ray()
 import ray
 from ray.cluster_utils import Cluster

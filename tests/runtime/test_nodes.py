@@ -56,7 +56,7 @@ def lingering(config, federation):
 SCRIPT = """
 import json, sys, threading, time
 from pathlib import Path
-from selffl_ray.runtime.cluster import quiet_ray
+from selffl_ray.local_ray import quiet_ray
 quiet_ray()
 import ray
 from ray.cluster_utils import Cluster

@@ -18,10 +18,10 @@ from selffl_ray import api
 from selffl_ray.algorithms.fedavg import Global
 from selffl_ray.config import load_config
 from selffl_ray.errors import PlacementError, RunError
+from selffl_ray.local_ray import IN_MESSAGE
 from selffl_ray.messages import RunSpec
 from selffl_ray.pool import ClientPool
 from selffl_ray.run_loop import Progress
-from selffl_ray.runtime.cluster import IN_MESSAGE
 from selffl_ray.runtime.placement import ActorPlan, PlacementPlan
 from selffl_ray.runtime.ray_pool import (
     IN_MESSAGE_BY_DEFAULT,

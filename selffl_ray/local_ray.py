@@ -1,0 +1,149 @@
+"""A Ray of our own on this machine, started while the rest of the program is imported.
+
+Importing this module imports neither Ray nor torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+
+LOOPBACK = "127.0.0.1"
+UNHEARD: dict[str, Any] = {
+    "log_to_driver": False,
+    "logging_level": "error",
+    "configure_logging": True,
+}
+"""Arguments of ``ray.init`` that keep Ray off the user's terminal."""
+
+IN_MESSAGE = "RAY_max_direct_call_object_size"
+"""Ray's setting: arguments and answers of up to so many bytes travel within the message."""
+
+
+def quiet_ray() -> None:
+    """Settings that must stand before ray is imported: loopback only, no usage reports."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Without it Ray binds the machine's own address (the name notwithstanding).
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Many small actors are what we want; Ray warns on the terminal from 4 starts a core on. Starts
+    # are staggered by ray_pool.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "64")
+    # What becomes of CUDA_VISIBLE_DEVICES in actors without a GPU; the future default, without the
+    # warning about it.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A way by the object store is four questions to Ray's daemon, some 3 ms a round for a model and
+    # its sums; Ray's own limit is a tenth of this.
+    os.environ.setdefault(IN_MESSAGE, str(2**20))
+
+
+def ray_is_running() -> bool:
+    """Whether this process is connected to a Ray already."""
+    ray = sys.modules.get("ray")
+    # It may be just being imported, by another thread.
+    return bool(getattr(ray, "is_initialized", bool)())
+
+
+def is_ray_ours() -> bool:
+    """Whether what is run on Ray runs on one of our own: started here, or to be started."""
+    return _ours.is_set() or not (os.environ.get("RAY_ADDRESS") or ray_is_running())
+
+
+def start_ray() -> None:
+    """Start a Ray on this machine's loopback and connect to it.
+
+    Ray's processes end with the thread that started them: call it in one that stays.
+    """
+    quiet_ray()
+    import ray
+
+    with _without_helpers():
+        ray.init(address="local", _node_ip_address=LOOPBACK, include_dashboard=False, **UNHEARD)
+
+
+@contextlib.contextmanager
+def ray_meanwhile(work: Callable[[], Value]) -> Iterator[Value]:
+    """Start a Ray of our own, and do other work in a second thread while it comes up.
+
+    Ray's start is seconds of waiting for its processes, importing torch as many seconds of one
+    core.
+
+    Args:
+        work: may not import Ray: this thread does that.
+
+    Yields:
+        what work returned; Ray ends with the context.
+
+    Raises:
+        whatever work or Ray's start raises, once both have ended and no Ray is left.
+    """
+    _ours.set()
+    try:
+        with ThreadPoolExecutor(1) as second:
+            done = second.submit(work)
+            start_ray()
+        yield done.result()
+    finally:
+        import ray
+
+        ray.shutdown()
+        _ours.clear()
+
+
+@contextlib.contextmanager
+def _without_helpers() -> Iterator[None]:
+    """Have ``ray.init`` leave out what a cluster that nobody looks at does not need.
+
+    The autoscaler of a cluster of one fixed machine, the reader of logs that nobody wants on the
+    terminal, and the process of a dashboard that is not wanted: together some 190 MB and a third of
+    the time that Ray takes to start. The autoscaler would also delay the end by a second, for it
+    does not listen to SIGTERM once the GCS is gone. There is no option for it. Who has asked for
+    usage reports gets all of them, and so does a Ray that starts them by other methods.
+    """
+    try:
+        from ray._private.node import Node as RayNode
+    except ImportError:
+        yield
+        return
+    wanted = os.environ.get("RAY_USAGE_STATS_ENABLED") != "0"
+    with _PATCHING, contextlib.ExitStack() as stack:
+        for name, substitute in () if wanted else UNUSED_HELPERS.items():
+            if hasattr(RayNode, name):
+                stack.callback(setattr, RayNode, name, getattr(RayNode, name))
+                setattr(RayNode, name, substitute)
+        yield
+
+
+def _start_nothing(node: Any, *_: object, **__: object) -> None:
+    pass
+
+
+def _tell_no_dashboard(node: Any, *_: object, **__: object) -> None:
+    """An address where nobody listens: Ray's agent would look for one every second, and log it."""
+    from ray._private import ray_constants
+
+    node.get_gcs_client().internal_kv_put(
+        ray_constants.DASHBOARD_ADDRESS.encode(),
+        f"{LOOPBACK}:0".encode(),
+        True,
+        ray_constants.KV_NAMESPACE_DASHBOARD,
+    )
+
+
+UNUSED_HELPERS = {
+    "start_monitor": _start_nothing,
+    "start_log_monitor": _start_nothing,
+    "start_api_server": _tell_no_dashboard,
+}
+"""Methods of Ray's node by which it starts what a Ray of our own can do without, and what to call
+instead."""
+_PATCHING = threading.Lock()
+"""Held while they are replaced: a second thread would keep a substitute for the original."""
+_ours = threading.Event()
+"""Set while a Ray is up that :func:`ray_meanwhile` has started, and while it starts."""

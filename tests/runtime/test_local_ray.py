@@ -1,0 +1,102 @@
+"""A Ray that starts while a command is imported, and a mistake in the request meanwhile."""
+
+from __future__ import annotations
+
+import re
+import threading
+
+import psutil
+import pytest
+
+from selffl_ray.local_ray import is_ray_ours, ray_is_running, ray_meanwhile
+from tests.runtime.processes import Sandbox
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def sandbox(tmp_path):
+    """Commands of a test; none of them outlives it."""
+    box = Sandbox(tmp_path)
+    yield box
+    box.end_all()
+
+
+@pytest.fixture
+def none_before(monkeypatch):
+    """This process is connected to no Ray, and knows of none."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert not ray_is_running()
+    assert is_ray_ours()
+
+
+def children():
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+def test_work_is_done_in_a_second_thread_and_ray_ends_with_the_context(none_before):
+    before = children()
+    seen = []
+
+    def work():
+        seen.append((threading.current_thread() is threading.main_thread(), is_ray_ours()))
+        return 7
+
+    with ray_meanwhile(work) as found:
+        assert found == 7
+        assert ray_is_running()
+        assert is_ray_ours()
+        assert children() > before
+    assert seen == [(False, True)]
+    assert not ray_is_running()
+    assert children() == before
+
+
+def test_no_ray_is_left_by_work_that_fails(none_before):
+    before = children()
+
+    def work():
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"), ray_meanwhile(work):
+        pytest.fail("it went on")
+    assert not ray_is_running()
+    assert children() == before
+
+
+def test_a_ray_that_cannot_start_is_told_after_the_work_has_ended(none_before, monkeypatch):
+    ended = []
+
+    def refuse():
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("selffl_ray.local_ray.start_ray", refuse)
+    with pytest.raises(RuntimeError, match="no room"), ray_meanwhile(lambda: ended.append(1)):
+        pytest.fail("it went on")
+    assert ended == [1]
+    assert is_ray_ours()
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("training.num_roundz=3", r"selffl: training.num_roundz: unknown key .*'num_rounds'.*\n"),
+        ("placement.cpus_per_actor=99", r"selffl: .*ask for 1386 CPUs.*\n"),
+    ],
+)
+def test_a_mistake_is_told_once_and_leaves_no_process_and_no_folder(sandbox, setting, told):
+    done = sandbox.selffl("run", "--set", setting)
+    assert done.status == 2
+    assert re.fullmatch(told, done.err), done.err
+    assert not done.out
+    assert sandbox.all_gone(within_s=10)
+    assert not (sandbox.folder / "runs").exists()
+
+
+def test_for_a_broken_file_no_ray_is_started(sandbox):
+    (sandbox.folder / "broken.yaml").write_text("seed: [1")
+    # Lists on standard error what is imported.
+    done = sandbox.selffl("run", "broken.yaml", PYTHONPROFILEIMPORTTIME="1")
+    assert done.status == 2
+    assert "broken.yaml is not valid YAML" in done.err
+    assert not re.search(r"\| +ray$", done.err, re.MULTILINE)
