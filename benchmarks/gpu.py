@@ -36,6 +36,7 @@ from benchmarks.in_process import Bench
 from benchmarks.ours import rounds_of
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.workloads import ON_GPU, WORKLOADS, workload_config
+from selffl_ray.api import request_run
 from selffl_ray.experiment import prepare_experiment
 from selffl_ray.numerics import be_exact
 from selffl_ray.runtime.cluster import cluster
@@ -134,7 +135,7 @@ def _on_ray(name: str, actors: list[int], rounds: int) -> Iterator[Measured]:
         with tempfile.TemporaryDirectory() as folder:
             yield Measured(
                 f"ray, {started} actor{'s' if started > 1 else ''}",
-                rounds_of(config, folder).rounds_s,
+                rounds_of(request_run(config, output=folder)).rounds_s,
                 None,
             )
 

@@ -14,9 +14,10 @@ Evaluation, tracking and checkpoints are off: a round is training and aggregatio
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from selffl_ray import ExperimentConfig, load_config
+if TYPE_CHECKING:
+    from selffl_ray import ExperimentConfig
 
 COMMON = [
     "data.name=fashion_mnist",
@@ -68,6 +69,9 @@ ON_GPU = WORKLOADS | {"R1": Workload((*DIRICHLET, *RESNET), 3)}
 
 def workload_config(name: str, *more: str) -> ExperimentConfig:
     """The experiment of a workload, with further settings."""
+    # Imported here: the names of the workloads are known without torch.
+    from selffl_ray import load_config
+
     workload = ON_GPU[name]
     rounds = f"training.num_rounds={workload.rounds}"
     return load_config(None, [*COMMON, *workload.settings, rounds, *more])

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn, TypeAlias
 
 from selffl_ray.errors import ConfigError, SelfFLError, UsageError
 from selffl_ray.importing import leave_out_of_collections, uncollected
-from selffl_ray.local_ray import is_ray_ours, ray_is_running, ray_meanwhile
+from selffl_ray.local_ray import is_ray_ours, ray_meanwhile
 from selffl_ray.raw_config import read_raw
 
 LONGEST_LINE = 2000
@@ -52,14 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         with _ready(options) as ready:
-            # Late, and by now there: torch takes seconds, and --help does not need it.
-            from selffl_ray import commands
-
+            commands = _import_commands()
             handler = getattr(commands, options.command)
             status: int = handler(options, commands.Say(out, aside), *ready)
             return status
-    except _ToldError as told:
-        return told.status
+    except SelfFLError as error:
+        if options.verbose:
+            traceback.print_exc()
+        _complain(str(error))
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -67,58 +68,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        return _tell(error, verbose=options.verbose)
-
-
-class _ToldError(Exception):
-    """An error that the user has been told already."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(status)
-        self.status = status
-
-
-def _tell(error: Exception, *, verbose: bool) -> int:
-    """A line for everybody, the traceback for who asks; the exit status."""
-    if verbose:
-        traceback.print_exc()
-    if isinstance(error, SelfFLError):
-        _complain(str(error))
-        return 2 if isinstance(error, UsageError) else 1
-    # A full disk, or a mistake of ours.
-    _complain(f"{type(error).__name__}: {error} (--verbose shows where)")
-    return 1
+        # A full disk, or a mistake of ours: a line for everybody, the traceback for who asks.
+        if options.verbose:
+            traceback.print_exc()
+        _complain(f"{type(error).__name__}: {error} (--verbose shows where)")
+        return 1
 
 
 @contextlib.contextmanager
 def _ready(options: argparse.Namespace) -> Iterator[list[Any]]:
-    """The modules of a command are imported, and if it is to run on a Ray of our own, that is up.
+    """A command that is to run on a Ray of our own finds it up.
 
     Yields:
-        what that command's function takes beside its options: then the request.
+        what that command's function takes besides: the request, checked while Ray came up.
     """
     if _starts_ray(options):
-        with ray_meanwhile(lambda: _request(options)) as request:
+        with ray_meanwhile(lambda: _import_commands().request(options)) as request:
             yield [request]
     else:
-        _import_commands()
         yield []
 
 
-def _import_commands() -> None:
+def _import_commands() -> ModuleType:
+    """Late: torch takes seconds, and --help does not need it."""
     with uncollected():
-        importlib.import_module("selffl_ray.commands")
+        from selffl_ray import commands
 
-
-def _request(options: argparse.Namespace) -> Any:
-    """What is asked for, checked; a mistake is told at once, for Ray may take seconds yet."""
-    _import_commands()
-    from selffl_ray import commands
-
-    try:
-        return commands.request(options)
-    except SelfFLError as error:
-        raise _ToldError(_tell(error, verbose=options.verbose)) from error
+    return commands
 
 
 def _starts_ray(options: argparse.Namespace) -> bool:
@@ -128,7 +104,7 @@ def _starts_ray(options: argparse.Namespace) -> bool:
     """
     if options.command not in ("run", "compare") or vars(options).get("dry_run"):
         return False
-    if ray_is_running() or not is_ray_ours():
+    if not is_ray_ours():
         return False
     resume = vars(options).get("resume")
     try:

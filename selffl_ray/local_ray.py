@@ -6,11 +6,11 @@ Importing this module imports neither Ray nor torch.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
@@ -46,58 +46,60 @@ def quiet_ray() -> None:
 def ray_is_running() -> bool:
     """Whether this process is connected to a Ray already."""
     ray = sys.modules.get("ray")
-    # It may be just being imported, by another thread.
-    return bool(getattr(ray, "is_initialized", bool)())
+    return bool(ray is not None and ray.is_initialized())
 
 
 def is_ray_ours() -> bool:
-    """Whether what is run on Ray runs on one of our own: started here, or to be started."""
-    return _ours.is_set() or not (os.environ.get("RAY_ADDRESS") or ray_is_running())
+    """Whether something run on Ray now would start one of its own."""
+    return not (os.environ.get("RAY_ADDRESS") or ray_is_running())
 
 
-def start_ray() -> None:
+def start_ray(meanwhile: Callable[[], None] = lambda: None) -> None:
     """Start a Ray on this machine's loopback and connect to it.
 
     Ray's processes end with the thread that started them: call it in one that stays.
+
+    Args:
+        meanwhile: done as soon as Ray's processes have been started, while they come up; what it
+            raises ends them and is raised. Not done with a Ray that starts them by other methods.
     """
     quiet_ray()
     import ray
 
-    with _without_helpers():
+    with _altered(meanwhile):
         ray.init(address="local", _node_ip_address=LOOPBACK, include_dashboard=False, **UNHEARD)
 
 
 @contextlib.contextmanager
 def ray_meanwhile(work: Callable[[], Value]) -> Iterator[Value]:
-    """Start a Ray of our own, and do other work in a second thread while it comes up.
+    """Start a Ray of our own, and do other work while its processes come up.
 
-    Ray's start is seconds of waiting for its processes, importing torch as many seconds of one
-    core.
-
-    Args:
-        work: may not import Ray: this thread does that.
+    They take seconds, and importing torch keeps one core busy for as long.
 
     Yields:
         what work returned; Ray ends with the context.
 
     Raises:
-        whatever work or Ray's start raises, once both have ended and no Ray is left.
+        whatever work or Ray's start raises; no Ray is left then.
     """
-    _ours.set()
+    done: list[Value] = []
+
+    def once() -> None:
+        if not done:
+            done.append(work())
+
     try:
-        with ThreadPoolExecutor(1) as second:
-            done = second.submit(work)
-            start_ray()
-        yield done.result()
+        start_ray(once)
+        once()
+        yield done[0]
     finally:
         import ray
 
         ray.shutdown()
-        _ours.clear()
 
 
 @contextlib.contextmanager
-def _without_helpers() -> Iterator[None]:
+def _altered(meanwhile: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Have ``ray.init`` leave out what a cluster that nobody looks at does not need.
 
     The autoscaler of a cluster of one fixed machine, the reader of logs that nobody wants on the
@@ -105,6 +107,9 @@ def _without_helpers() -> Iterator[None]:
     the time that Ray takes to start. The autoscaler would also delay the end by a second, for it
     does not listen to SIGTERM once the GCS is gone. There is no option for it. Who has asked for
     usage reports gets all of them, and so does a Ray that starts them by other methods.
+
+    Args:
+        meanwhile: see :func:`start_ray`.
     """
     try:
         from ray._private.node import Node as RayNode
@@ -112,12 +117,25 @@ def _without_helpers() -> Iterator[None]:
         yield
         return
     wanted = os.environ.get("RAY_USAGE_STATS_ENABLED") != "0"
+    substitutes = {} if wanted else dict(UNUSED_HELPERS)
+    if original := getattr(RayNode, LAST_STARTED, None):
+        substitutes[LAST_STARTED] = functools.partialmethod(_start_and, original, meanwhile)
     with _PATCHING, contextlib.ExitStack() as stack:
-        for name, substitute in () if wanted else UNUSED_HELPERS.items():
+        for name, substitute in substitutes.items():
             if hasattr(RayNode, name):
                 stack.callback(setattr, RayNode, name, getattr(RayNode, name))
                 setattr(RayNode, name, substitute)
         yield
+
+
+def _start_and(node: Any, original: Callable[[Any], None], meanwhile: Callable[[], None]) -> None:
+    original(node)
+    try:
+        meanwhile()
+    except BaseException:
+        # ray.init leaves alone what it has started when it fails.
+        node.kill_all_processes(check_alive=False)
+        raise
 
 
 def _start_nothing(node: Any, *_: object, **__: object) -> None:
@@ -136,7 +154,9 @@ def _tell_no_dashboard(node: Any, *_: object, **__: object) -> None:
     )
 
 
-UNUSED_HELPERS = {
+LAST_STARTED = "start_ray_processes"
+"""Method of Ray's node by which it starts the last of its processes."""
+UNUSED_HELPERS: dict[str, Any] = {
     "start_monitor": _start_nothing,
     "start_log_monitor": _start_nothing,
     "start_api_server": _tell_no_dashboard,
@@ -145,5 +165,3 @@ UNUSED_HELPERS = {
 instead."""
 _PATCHING = threading.Lock()
 """Held while they are replaced: a second thread would keep a substitute for the original."""
-_ours = threading.Event()
-"""Set while a Ray is up that :func:`ray_meanwhile` has started, and while it starts."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis
 import pytest
@@ -25,10 +24,8 @@ def stores(tmp_path_factory):
 
 @contextlib.contextmanager
 def no_ray_meanwhile(work):
-    """As the command's own, but nothing is started: the work is done in a second thread."""
-    with ThreadPoolExecutor(1) as second:
-        done = second.submit(work)
-    yield done.result()
+    """As the command's own, but nothing is started."""
+    yield work()
 
 
 @pytest.fixture(scope="session", autouse=True)

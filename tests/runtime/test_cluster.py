@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from selffl_ray.console import size
-from selffl_ray.local_ray import LOOPBACK, UNUSED_HELPERS, _without_helpers
+from selffl_ray.local_ray import LOOPBACK, UNUSED_HELPERS, _altered
 from selffl_ray.runtime.cluster import cluster
 from tests.runtime.processes import Sandbox
 from tests.runtime.saboteur import ROOT
@@ -270,10 +270,10 @@ def test_ray_starts_its_helpers_afterwards_and_where_usage_reports_are_wanted(mo
 
     own = {name: getattr(Node, name) for name in UNUSED_HELPERS}
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
-    with _without_helpers():
+    with _altered():
         assert {name: getattr(Node, name) for name in own} == own
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    with contextlib.suppress(RuntimeError), _without_helpers():
+    with contextlib.suppress(RuntimeError), _altered():
         assert not set(own.values()) & {getattr(Node, name) for name in own}
         raise RuntimeError("ray.init has failed")
     assert {name: getattr(Node, name) for name in own} == own

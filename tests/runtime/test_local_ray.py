@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 
 import psutil
 import pytest
@@ -34,20 +33,21 @@ def children():
     return {child.pid for child in psutil.Process().children(recursive=True)}
 
 
-def test_work_is_done_in_a_second_thread_and_ray_ends_with_the_context(none_before):
+def test_work_is_done_once_while_ray_comes_up_and_ray_ends_with_the_context(none_before):
     before = children()
     seen = []
 
     def work():
-        seen.append((threading.current_thread() is threading.main_thread(), is_ray_ours()))
+        # Its processes are there, and it is not up.
+        seen.append((children() > before, ray_is_running(), is_ray_ours()))
         return 7
 
     with ray_meanwhile(work) as found:
         assert found == 7
         assert ray_is_running()
-        assert is_ray_ours()
+        assert not is_ray_ours()
         assert children() > before
-    assert seen == [(False, True)]
+    assert seen == [(True, False, True)]
     assert not ray_is_running()
     assert children() == before
 
@@ -62,19 +62,19 @@ def test_no_ray_is_left_by_work_that_fails(none_before):
         pytest.fail("it went on")
     assert not ray_is_running()
     assert children() == before
+    # Another one can be started.
+    with ray_meanwhile(list) as found:
+        assert found == []
+        assert ray_is_running()
+    assert children() == before
 
 
-def test_a_ray_that_cannot_start_is_told_after_the_work_has_ended(none_before, monkeypatch):
-    ended = []
-
-    def refuse():
-        raise RuntimeError("no room")
-
-    monkeypatch.setattr("selffl_ray.local_ray.start_ray", refuse)
-    with pytest.raises(RuntimeError, match="no room"), ray_meanwhile(lambda: ended.append(1)):
-        pytest.fail("it went on")
-    assert ended == [1]
-    assert is_ray_ours()
+def test_work_is_done_too_with_a_ray_that_starts_by_other_methods(none_before, monkeypatch):
+    monkeypatch.setattr("selffl_ray.local_ray.LAST_STARTED", "no_such_method")
+    up = []
+    with ray_meanwhile(lambda: up.append(ray_is_running())):
+        assert up == [True]
+    assert not ray_is_running()
 
 
 @pytest.mark.parametrize(
