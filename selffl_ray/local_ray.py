@@ -11,7 +11,10 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
+
+import psutil
 
 Value = TypeVar("Value")
 
@@ -60,14 +63,45 @@ def start_ray(meanwhile: Callable[[], None] = lambda: None) -> None:
     Ray's processes end with the thread that started them: call it in one that stays.
 
     Args:
-        meanwhile: done as soon as Ray's processes have been started, while they come up; what it
-            raises ends them and is raised. Not done with a Ray that starts them by other methods.
+        meanwhile: done as soon as Ray's processes have been started, while they come up. Not done
+            with a Ray that starts them by other methods.
+
+    Raises:
+        whatever meanwhile or Ray raises, Ctrl-C too; nothing that was started is left.
     """
     quiet_ray()
     import ray
 
-    with _altered(meanwhile):
-        ray.init(address="local", _node_ip_address=LOOPBACK, include_dashboard=False, **UNHEARD)
+    package = str(Path(ray.__file__).parent)
+    before = _descendants(package)
+    nodes: list[Any] = []
+    try:
+        with _altered(meanwhile, nodes):
+            ray.init(address="local", _node_ip_address=LOOPBACK, include_dashboard=False, **UNHEARD)
+    except BaseException:
+        # ray.init leaves alone what it has started, some of which ends ten seconds later only.
+        for process in _descendants(package) - before:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        for node in nodes:
+            node.kill_all_processes(check_alive=False)
+        raise
+
+
+def _descendants(package: str) -> set[psutil.Process]:
+    """Processes below this one that run what lies in a folder."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any(package in argument for argument in process.cmdline()):
+                found.add(process)
+    return found
+
+
+def _end_ray() -> None:
+    import ray
+
+    ray.shutdown()
 
 
 @contextlib.contextmanager
@@ -93,13 +127,12 @@ def ray_meanwhile(work: Callable[[], Value]) -> Iterator[Value]:
         once()
         yield done[0]
     finally:
-        import ray
-
-        ray.shutdown()
+        if ray_is_running():
+            _end_ray()
 
 
 @contextlib.contextmanager
-def _altered(meanwhile: Callable[[], None] = lambda: None) -> Iterator[None]:
+def _altered(meanwhile: Callable[[], None], nodes: list[Any]) -> Iterator[None]:
     """Have ``ray.init`` leave out what a cluster that nobody looks at does not need.
 
     The autoscaler of a cluster of one fixed machine, the reader of logs that nobody wants on the
@@ -110,6 +143,7 @@ def _altered(meanwhile: Callable[[], None] = lambda: None) -> Iterator[None]:
 
     Args:
         meanwhile: see :func:`start_ray`.
+        nodes: gets Ray's object for what it starts, by which it can be ended.
     """
     try:
         from ray._private.node import Node as RayNode
@@ -119,7 +153,7 @@ def _altered(meanwhile: Callable[[], None] = lambda: None) -> Iterator[None]:
     wanted = os.environ.get("RAY_USAGE_STATS_ENABLED") != "0"
     substitutes = {} if wanted else dict(UNUSED_HELPERS)
     if original := getattr(RayNode, LAST_STARTED, None):
-        substitutes[LAST_STARTED] = functools.partialmethod(_start_and, original, meanwhile)
+        substitutes[LAST_STARTED] = functools.partialmethod(_start_and, original, meanwhile, nodes)
     with _PATCHING, contextlib.ExitStack() as stack:
         for name, substitute in substitutes.items():
             if hasattr(RayNode, name):
@@ -128,14 +162,15 @@ def _altered(meanwhile: Callable[[], None] = lambda: None) -> Iterator[None]:
         yield
 
 
-def _start_and(node: Any, original: Callable[[Any], None], meanwhile: Callable[[], None]) -> None:
+def _start_and(
+    node: Any,
+    original: Callable[[Any], None],
+    meanwhile: Callable[[], None],
+    nodes: list[Any],
+) -> None:
+    nodes.append(node)
     original(node)
-    try:
-        meanwhile()
-    except BaseException:
-        # ray.init leaves alone what it has started when it fails.
-        node.kill_all_processes(check_alive=False)
-        raise
+    meanwhile()
 
 
 def _start_nothing(node: Any, *_: object, **__: object) -> None:

@@ -270,10 +270,10 @@ def test_ray_starts_its_helpers_afterwards_and_where_usage_reports_are_wanted(mo
 
     own = {name: getattr(Node, name) for name in UNUSED_HELPERS}
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
-    with _altered():
+    with _altered(lambda: None, []):
         assert {name: getattr(Node, name) for name in own} == own
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    with contextlib.suppress(RuntimeError), _altered():
+    with contextlib.suppress(RuntimeError), _altered(lambda: None, []):
         assert not set(own.values()) & {getattr(Node, name) for name in own}
         raise RuntimeError("ray.init has failed")
     assert {name: getattr(Node, name) for name in own} == own

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
+import sys
+import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -11,6 +15,8 @@ from selffl_ray.local_ray import is_ray_ours, ray_is_running, ray_meanwhile
 from tests.runtime.processes import Sandbox
 
 pytestmark = pytest.mark.ray
+
+SELFFL = Path(sys.executable).with_name("selffl")
 
 
 @pytest.fixture
@@ -75,6 +81,18 @@ def test_work_is_done_too_with_a_ray_that_starts_by_other_methods(none_before, m
     with ray_meanwhile(lambda: up.append(ray_is_running())):
         assert up == [True]
     assert not ray_is_running()
+
+
+@pytest.mark.parametrize("delay_s", [0.4, 0.9, 1.1, 1.5, 3.0])
+def test_ctrl_c_while_ray_starts_leaves_no_process(sandbox, delay_s):
+    """Wherever it comes: while Ray is imported, starts its processes, or torch is imported."""
+    process = sandbox.start(str(SELFFL), "run")
+    time.sleep(delay_s)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)
+    assert (process.returncode, *said) == (130, "", "")
+    assert sandbox.all_gone(within_s=3)
+    assert not (sandbox.folder / "runs").exists()
 
 
 @pytest.mark.parametrize(
