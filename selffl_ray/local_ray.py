@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -76,7 +77,7 @@ def start_ray(meanwhile: Callable[[], None] = lambda: None) -> None:
     before = _descendants(package)
     nodes: list[Any] = []
     try:
-        with _altered(meanwhile, nodes):
+        with _altered(meanwhile, nodes), sigterm_kept():
             ray.init(address="local", _node_ip_address=LOOPBACK, include_dashboard=False, **UNHEARD)
     except BaseException:
         # ray.init leaves alone what it has started, some of which ends ten seconds later only.
@@ -86,6 +87,16 @@ def start_ray(meanwhile: Callable[[], None] = lambda: None) -> None:
         for node in nodes:
             node.kill_all_processes(check_alive=False)
         raise
+
+
+@contextlib.contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """What the program does on SIGTERM stays as it was; ``ray.init`` puts an exit in its place."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    # Of a program that does nothing Ray's may stay: it ends Ray's processes.
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _descendants(package: str) -> set[psutil.Process]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from selffl_ray.errors import PlacementError
-from selffl_ray.local_ray import LOOPBACK, UNHEARD, quiet_ray, start_ray
+from selffl_ray.local_ray import LOOPBACK, UNHEARD, quiet_ray, sigterm_kept, start_ray
 from selffl_ray.runtime.placement import Node
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ def cluster() -> Iterator[Cluster]:
     if address:
         try:
             _knock(address)
-            ray.init(address=address, **UNHEARD)
+            with sigterm_kept():
+                ray.init(address=address, **UNHEARD)
         except (OSError, RuntimeError, ValueError, RayError) as error:
             raise PlacementError(
                 f"RAY_ADDRESS={address} cannot be reached: {error}; start that cluster, give its "

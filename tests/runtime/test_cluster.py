@@ -165,6 +165,22 @@ def test_an_existing_cluster_is_used_with_plugins_and_outlives_the_run(existing,
     assert raylets(box) == before
 
 
+def test_sigterm_ends_a_run_on_an_existing_cluster_after_its_round(existing):
+    """As ``ray job stop`` sends it; Ray's own handler would end the command at once."""
+    box, address = existing
+    process = box.start(
+        *(str(Path(sys.executable).with_name("selffl")), *RUN, "--set=training.num_rounds=3000"),
+        RAY_ADDRESS=address,
+        RAY_AUTH_MODE="token",
+    )
+    assert "round" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopping after this round" in err
+    assert out.startswith("stopped after ")
+
+
 def test_a_cluster_that_refuses_our_token_is_a_usage_error_with_the_remedy(existing, sandbox):
     give_token(sandbox)
     done = sandbox.selffl(*RUN, RAY_ADDRESS=existing[1], RAY_AUTH_MODE="token")

@@ -16,6 +16,11 @@ from tests.runtime.processes import Sandbox
 
 pytestmark = pytest.mark.ray
 
+LONG = (
+    "--set=training.num_rounds=3000",
+    "--set=placement.clients_per_actor=14",
+    "--set=tracking.enabled=false",
+)
 SELFFL = Path(sys.executable).with_name("selffl")
 
 
@@ -93,6 +98,24 @@ def test_ctrl_c_while_ray_starts_leaves_no_process(sandbox, delay_s):
     assert (process.returncode, *said) == (130, "", "")
     assert sandbox.all_gone(within_s=3)
     assert not (sandbox.folder / "runs").exists()
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["early", "by cluster()"])
+def test_sigterm_ends_a_run_after_its_round(sandbox, early):
+    """``ray.init`` puts a handler in the place of ours, whichever comes first."""
+    command = [str(SELFFL)]
+    if not early:
+        script = "from selffl_ray import cli; cli._starts_ray = lambda o: False; exit(cli.main())"
+        command = [sys.executable, "-c", script]
+    process = sandbox.start(*command, "run", *LONG)
+    # The first round is over.
+    assert "round" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopping after this round" in said[1]
+    assert re.match(r"stopped after \d+ rounds; go on with", said[0])
+    assert sandbox.all_gone(within_s=10)
 
 
 @pytest.mark.parametrize(
