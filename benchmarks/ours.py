@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from benchmarks.workloads import WORKLOADS, workload_config
 from selffl_ray.importing import leave_out_of_collections, uncollected
 from selffl_ray.local_ray import is_ray_ours, ray_meanwhile
+from selffl_ray.raw_config import is_for_ray, read_raw
 
 if TYPE_CHECKING:
     from selffl_ray.api import Request
@@ -84,7 +85,7 @@ def main() -> None:
         def request() -> Request:
             return request_of(options.workload, settings, folder)
 
-        early = is_ray_ours() and "placement.backend=local" not in settings
+        early = is_ray_ours() and is_for_ray(read_raw(None, settings))
         ready: AbstractContextManager[Request] = (
             ray_meanwhile(request) if early else contextlib.nullcontext(request())
         )

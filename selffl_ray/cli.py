@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import Any, NoReturn, TypeAlias
 from selffl_ray.errors import ConfigError, SelfFLError, UsageError
 from selffl_ray.importing import leave_out_of_collections, uncollected
 from selffl_ray.local_ray import is_ray_ours, ray_meanwhile
-from selffl_ray.raw_config import read_raw
+from selffl_ray.raw_config import is_for_ray, read_raw
 
 LONGEST_LINE = 2000
 """Characters of a message."""
@@ -82,11 +83,29 @@ def _ready(options: argparse.Namespace) -> Iterator[list[Any]]:
     Yields:
         what that command's function takes besides: the request, checked while Ray came up.
     """
-    if _starts_ray(options):
+    if not _starts_ray(options):
+        yield []
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
         with ray_meanwhile(lambda: _import_commands().request(options)) as request:
             yield [request]
-    else:
-        yield []
+            # All is done and told: nothing is left to break off but the end of Ray.
+            for number in before:
+                signal.signal(number, signal.SIG_IGN)
+    except SystemExit as end:
+        # While Ray starts its own handler of SIGTERM is in the place of ours.
+        if end.code == signal.SIGTERM:
+            raise KeyboardInterrupt from end
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _import_commands() -> ModuleType:
@@ -102,17 +121,19 @@ def _starts_ray(options: argparse.Namespace) -> bool:
 
     Only what can be told without importing torch: what is wrong in other ways the command says.
     """
-    if options.command not in ("run", "compare") or vars(options).get("dry_run"):
+    given = vars(options)
+    if options.command not in ("run", "compare") or given.get("dry_run") or not is_ray_ours():
         return False
-    if not is_ray_ours():
+    path = Path(given["resume"]) / "config.yaml" if given.get("resume") else options.config
+    if path is not None and not Path(path).is_file():
+        # Not there, or a pipe, which can be read once only.
         return False
-    resume = vars(options).get("resume")
     try:
-        raw = read_raw(Path(resume) / "config.yaml" if resume else options.config, options.set)
+        raw = read_raw(path, options.set)
     except ConfigError:
         return False
-    placement = raw.get("placement") or {}
-    return isinstance(placement, dict) and placement.get("backend", "ray") == "ray"
+    # Modules of the user's may set what Ray's processes should inherit, or start a Ray themselves.
+    return is_for_ray(raw) and not raw.get("plugins")
 
 
 def _complain(text: str) -> None:

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
+import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+
+logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
@@ -73,46 +77,67 @@ def start_ray(meanwhile: Callable[[], None] = lambda: None) -> None:
     quiet_ray()
     import ray
 
-    package = str(Path(ray.__file__).parent)
-    before = _descendants(package)
+    before = set(psutil.Process().children())
     nodes: list[Any] = []
     try:
         with _altered(meanwhile, nodes), sigterm_kept():
             ray.init(address="local", _node_ip_address=LOOPBACK, include_dashboard=False, **UNHEARD)
     except BaseException:
-        # ray.init leaves alone what it has started, some of which ends ten seconds later only.
-        for process in _descendants(package) - before:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        for node in nodes:
-            node.kill_all_processes(check_alive=False)
+        _break_off(set(psutil.Process().children()) - before, nodes)
         raise
+    _check_loopback()
+
+
+def _break_off(children: Collection[psutil.Process], nodes: Sequence[Any]) -> None:
+    """End what ``ray.init`` has started and, having failed, leaves alone.
+
+    Args:
+        children: that this process has got meanwhile, Ray's and perhaps others.
+    """
+    import ray
+
+    started: set[psutil.Process] = set()
+    for child in children:
+        with contextlib.suppress(psutil.Error):
+            if any(str(Path(ray.__file__).parent) in argument for argument in child.cmdline()):
+                # So that it starts no more; what it has started would take ten seconds to end.
+                child.suspend()
+                started |= {child, *child.children(recursive=True)}
+    for process in started:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    # If it was connecting already.
+    with contextlib.suppress(Exception):
+        ray.shutdown()
+    for node in nodes:
+        with contextlib.suppress(Exception):
+            node.kill_all_processes(check_alive=False)
+        shutil.rmtree(node.get_session_dir_path(), ignore_errors=True)
+
+
+def _check_loopback() -> None:
+    import ray
+
+    at = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    if at != LOOPBACK:
+        logger.warning(
+            "this Ray listens on %s, not on loopback only: ray was imported before selffl_ray; "
+            "import selffl_ray first, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0",
+            at,
+        )
 
 
 @contextlib.contextmanager
 def sigterm_kept() -> Iterator[None]:
     """What the program does on SIGTERM stays as it was; ``ray.init`` puts an exit in its place."""
     before = signal.getsignal(signal.SIGTERM)
-    yield
-    # Of a program that does nothing Ray's may stay: it ends Ray's processes.
-    if callable(before) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
-
-
-def _descendants(package: str) -> set[psutil.Process]:
-    """Processes below this one that run what lies in a folder."""
-    found = set()
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if any(package in argument for argument in process.cmdline()):
-                found.add(process)
-    return found
-
-
-def _end_ray() -> None:
-    import ray
-
-    ray.shutdown()
+    try:
+        yield
+    finally:
+        # Of a program that does nothing Ray's may stay: it ends Ray's processes.
+        own = before not in (None, signal.SIG_DFL)
+        if own and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -128,23 +153,26 @@ def ray_meanwhile(work: Callable[[], Value]) -> Iterator[Value]:
         whatever work or Ray's start raises; no Ray is left then.
     """
     done: list[Value] = []
+    began = threading.Event()
 
     def once() -> None:
-        if not done:
+        if not began.is_set():
+            began.set()
             done.append(work())
 
+    start_ray(once)
+    import ray
+
     try:
-        start_ray(once)
         once()
         yield done[0]
     finally:
-        if ray_is_running():
-            _end_ray()
+        ray.shutdown()
 
 
 @contextlib.contextmanager
 def _altered(meanwhile: Callable[[], None], nodes: list[Any]) -> Iterator[None]:
-    """Have ``ray.init`` leave out what a cluster that nobody looks at does not need.
+    """Have ``ray.init`` do something meanwhile, and leave out what nobody needs here.
 
     The autoscaler of a cluster of one fixed machine, the reader of logs that nobody wants on the
     terminal, and the process of a dashboard that is not wanted: together some 190 MB and a third of
@@ -175,13 +203,16 @@ def _altered(meanwhile: Callable[[], None], nodes: list[Any]) -> Iterator[None]:
 
 def _start_and(
     node: Any,
-    original: Callable[[Any], None],
+    original: Callable[..., Any],
     meanwhile: Callable[[], None],
     nodes: list[Any],
-) -> None:
+    *arguments: object,
+    **options: object,
+) -> Any:
     nodes.append(node)
-    original(node)
+    result = original(node, *arguments, **options)
     meanwhile()
+    return result
 
 
 def _start_nothing(node: Any, *_: object, **__: object) -> None:

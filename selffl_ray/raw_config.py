@@ -27,6 +27,12 @@ def read_raw(path: str | Path | None, sets: Sequence[str]) -> Raw:
     return raw
 
 
+def is_for_ray(raw: Raw) -> bool:
+    """Whether a configuration, right or wrong, asks for client actors."""
+    placement = raw.get("placement") or {}
+    return isinstance(placement, dict) and placement.get("backend", "ray") == "ray"
+
+
 def read_yaml(path: Path) -> Raw:
     """A mapping from a YAML file, loaded safely.
 

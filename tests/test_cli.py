@@ -17,6 +17,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -502,6 +503,8 @@ def test_verbose_adds_the_traceback(selffl):
         (["run", *sets("nonsense")], False),
         (["run", "missing.yaml"], False),
         (["run", "--resume", "missing"], False),
+        (["run", "pipe"], False),
+        (["run", "plugged.yaml"], False),
         (["verify", "run"], False),
         (["doctor"], False),
     ],
@@ -509,9 +512,19 @@ def test_verbose_adds_the_traceback(selffl):
 def test_a_ray_is_started_early_for_what_will_run_on_one(selffl, arguments, starts):
     Path("local.yaml").write_text("placement: {backend: local}")
     Path("ray.yaml").write_text("seed: 1")
+    Path("plugged.yaml").write_text("plugins: [mine]")
+    os.mkfifo("pipe")
     Path("run").mkdir()
     shutil.copy("ray.yaml", Path("run") / "config.yaml")
     assert _starts_ray(build_parser().parse_args(arguments)) == starts
+
+
+def test_a_configuration_may_come_through_a_pipe(selffl, nothing_starts):
+    """It can be read once only: a second time it is empty, as the default experiment is."""
+    os.mkfifo("pipe")
+    writer = threading.Thread(target=Path("pipe").write_text, args=["seed: x"], daemon=True)
+    writer.start()
+    assert_refused(selffl("run", "pipe"), "seed must be a valid integer", "'x'")
 
 
 def test_no_ray_is_started_early_where_there_is_one(selffl, monkeypatch):

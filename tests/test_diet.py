@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = ("pandas", "scipy.stats", "scipy.optimize", "matplotlib", "mlflow", "sklearn", "PIL")
 
 SCRIPT = """
@@ -34,6 +36,15 @@ def test_a_host_that_reads_a_prepared_store_imports_no_heavy_library():
     # The first one prepares the store, for which digits need scikit-learn.
     imported(script)
     assert imported(script) == ""
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [("cli", ("torch", "ray", "numpy")), ("commands", ("pandas", "scipy.stats", "mlflow", "ray"))],
+)
+def test_a_command_imports_what_it_needs_only(module, heavy):
+    script = "import sys\nfrom selffl_ray import {}\nprint([m for m in {} if m in sys.modules])"
+    assert imported(script.format(module, heavy)) == "[]"
 
 
 def test_such_a_library_would_be_seen():

@@ -49,6 +49,13 @@ def test_the_interval_is_students():
     assert (3 - found.half, 3 + found.half) == pytest.approx((low, high))
 
 
+def test_the_quantile_has_the_bits_of_the_table_of_students_t():
+    for count in range(2, 200):
+        values = np.linspace(0, 1, count)
+        quantile = stats.t.ppf(0.975, count - 1)
+        assert interval(values).half == quantile * values.std(ddof=1) / math.sqrt(count)
+
+
 def test_a_single_seed_has_no_interval_and_excludes_nothing():
     found = interval([0.9])
     assert found.mean == 0.9

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from selffl_ray.errors import PlacementError
-from selffl_ray.local_ray import LOOPBACK, UNHEARD, quiet_ray, sigterm_kept, start_ray
+from selffl_ray.local_ray import UNHEARD, quiet_ray, sigterm_kept, start_ray
 from selffl_ray.runtime.placement import Node
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ REACH_S = 10.0
 class Cluster:
     """A connection to Ray.
 
-    nodes: the machines that are alive; ours: this process started it (and will end it).
+    nodes: the machines that are alive; ours: :func:`cluster` started it, and ends it.
     """
 
     nodes: list[Node]
@@ -70,23 +70,10 @@ def cluster() -> Iterator[Cluster]:
     else:
         start_ray()
     try:
-        _check_loopback(ours=not address)
         yield Cluster(_nodes(), ours=not address)
     finally:
         # Disconnects from a cluster that was there before, and ends one of our own.
         ray.shutdown()
-
-
-def _check_loopback(*, ours: bool) -> None:
-    import ray
-
-    at = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    if ours and at != LOOPBACK:
-        logger.warning(
-            "this Ray listens on %s, not on loopback only: ray was imported before selffl_ray; "
-            "import selffl_ray first, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0",
-            at,
-        )
 
 
 def _knock(address: str) -> None:

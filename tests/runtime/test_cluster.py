@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from selffl_ray.console import size
-from selffl_ray.local_ray import LOOPBACK, UNUSED_HELPERS, _altered
+from selffl_ray.local_ray import LAST_STARTED, LOOPBACK, UNUSED_HELPERS, _altered
 from selffl_ray.runtime.cluster import cluster
 from tests.runtime.processes import Sandbox
 from tests.runtime.saboteur import ROOT
@@ -284,10 +284,11 @@ def test_helpers_of_ray_that_nobody_needs_are_not_started_nor_missed(sandbox):
 def test_ray_starts_its_helpers_afterwards_and_where_usage_reports_are_wanted(monkeypatch):
     from ray._private.node import Node
 
-    own = {name: getattr(Node, name) for name in UNUSED_HELPERS}
+    own = {name: getattr(Node, name) for name in (*UNUSED_HELPERS, LAST_STARTED)}
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
     with _altered(lambda: None, []):
-        assert {name: getattr(Node, name) for name in own} == own
+        assert all(getattr(Node, name) == own[name] for name in UNUSED_HELPERS)
+        assert getattr(Node, LAST_STARTED) != own[LAST_STARTED]
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     with contextlib.suppress(RuntimeError), _altered(lambda: None, []):
         assert not set(own.values()) & {getattr(Node, name) for name in own}

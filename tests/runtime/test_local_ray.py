@@ -88,15 +88,52 @@ def test_work_is_done_too_with_a_ray_that_starts_by_other_methods(none_before, m
     assert not ray_is_running()
 
 
-@pytest.mark.parametrize("delay_s", [0.4, 0.9, 1.1, 1.5, 3.0])
-def test_ctrl_c_while_ray_starts_leaves_no_process(sandbox, delay_s):
-    """Wherever it comes: while Ray is imported, starts its processes, or torch is imported."""
+FAILS = """
+import time
+from selffl_ray.local_ray import ray_meanwhile
+
+def work():
+    # Till Ray is up by itself, and its agents run.
+    time.sleep({seconds})
+    raise SystemExit(3)
+
+with ray_meanwhile(work):
+    print("it went on")
+"""
+
+
+@pytest.mark.parametrize("seconds", [0, 5])
+def test_work_that_fails_leaves_no_process_and_no_folder(sandbox, seconds):
+    """Neither while Ray's processes start, nor when each of them has started its own."""
+    folders = sessions()
+    process = sandbox.start(sys.executable, "-c", FAILS.format(seconds=seconds))
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 3
+    assert sandbox.all_gone(within_s=1)
+    assert not [f for f in sessions() - folders if f.name.endswith(f"_{process.pid}")]
+
+
+def sessions():
+    return set(Path("/tmp/ray").glob("session_2*"))
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("when", ["raylet", "torch"])
+def test_a_command_that_is_ended_while_ray_starts_leaves_no_process(sandbox, when, sent):
     process = sandbox.start(str(SELFFL), "run")
-    time.sleep(delay_s)
-    process.send_signal(signal.SIGINT)
+    maps = Path(f"/proc/{process.pid}/maps")
+    deadline = time.monotonic() + 60
+    while not (
+        "libtorch" in maps.read_text()
+        if when == "torch"
+        else any("raylet" in other.name() for other in sandbox.alive())
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(sent)
     said = process.communicate(timeout=30)
     assert (process.returncode, *said) == (130, "", "")
-    assert sandbox.all_gone(within_s=3)
+    assert sandbox.all_gone(within_s=1)
     assert not (sandbox.folder / "runs").exists()
 
 
@@ -119,18 +156,22 @@ def test_sigterm_ends_a_run_after_its_round(sandbox, early):
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("arguments", "told"),
     [
-        ("training.num_roundz=3", r"selffl: training.num_roundz: unknown key .*'num_rounds'.*\n"),
-        ("placement.cpus_per_actor=99", r"selffl: .*ask for 1386 CPUs.*\n"),
+        (
+            ["run", "--set=training.num_roundz=3"],
+            r"selffl: training.num_roundz: unknown key .*'num_rounds'.*\n",
+        ),
+        (["run", "--set=placement.cpus_per_actor=99"], r"selffl: .*ask for 1386 CPUs.*\n"),
+        (["compare", "--methods=fedavg,fedavg"], r"selffl: --methods names a method twice.*\n"),
     ],
 )
-def test_a_mistake_is_told_once_and_leaves_no_process_and_no_folder(sandbox, setting, told):
-    done = sandbox.selffl("run", "--set", setting)
+def test_a_mistake_is_told_once_and_leaves_no_process_and_no_folder(sandbox, arguments, told):
+    done = sandbox.selffl(*arguments)
     assert done.status == 2
     assert re.fullmatch(told, done.err), done.err
     assert not done.out
-    assert sandbox.all_gone(within_s=10)
+    assert sandbox.all_gone(within_s=1)
     assert not (sandbox.folder / "runs").exists()
 
 
