@@ -8,10 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from selffl_ray.local_ray import is_ray_ours, ray_is_running, ray_meanwhile
 from tests.runtime.processes import Sandbox
 
 pytestmark = pytest.mark.ray
@@ -32,60 +30,63 @@ def sandbox(tmp_path):
     box.end_all()
 
 
-@pytest.fixture
-def none_before(monkeypatch):
-    """This process is connected to no Ray, and knows of none."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert not ray_is_running()
-    assert is_ray_ours()
-
+PRELUDE = """
+import psutil
+from selffl_ray import local_ray
+from selffl_ray.local_ray import is_ray_ours, ray_is_running, ray_meanwhile
 
 def children():
     return {child.pid for child in psutil.Process().children(recursive=True)}
 
+assert is_ray_ours() and not ray_is_running() and not children()
+"""
+DONE_ONCE = """
+seen = []
 
-def test_work_is_done_once_while_ray_comes_up_and_ray_ends_with_the_context(none_before):
-    before = children()
-    seen = []
+def work():
+    # Ray's processes are there, and it is not up.
+    seen.append((bool(children()), ray_is_running(), is_ray_ours()))
+    return 7
 
-    def work():
-        # Its processes are there, and it is not up.
-        seen.append((children() > before, ray_is_running(), is_ray_ours()))
-        return 7
+with ray_meanwhile(work) as found:
+    assert found == 7
+    assert ray_is_running() and not is_ray_ours() and children()
+assert seen == [(True, False, True)]
+assert not ray_is_running() and not children()
+"""
+AGAIN_AFTER_A_FAILURE = """
+def work():
+    raise ValueError("mine")
 
-    with ray_meanwhile(work) as found:
-        assert found == 7
-        assert ray_is_running()
-        assert not is_ray_ours()
-        assert children() > before
-    assert seen == [(True, False, True)]
-    assert not ray_is_running()
-    assert children() == before
-
-
-def test_no_ray_is_left_by_work_that_fails(none_before):
-    before = children()
-
-    def work():
-        raise ValueError("mine")
-
-    with pytest.raises(ValueError, match="mine"), ray_meanwhile(work):
-        pytest.fail("it went on")
-    assert not ray_is_running()
-    assert children() == before
-    # Another one can be started.
-    with ray_meanwhile(list) as found:
-        assert found == []
-        assert ray_is_running()
-    assert children() == before
+try:
+    with ray_meanwhile(work):
+        raise AssertionError("it went on")
+except ValueError as error:
+    assert str(error) == "mine"
+assert not ray_is_running() and not children()
+with ray_meanwhile(list) as found:
+    assert found == [] and ray_is_running()
+assert not children()
+"""
+OTHER_METHODS = """
+local_ray.LAST_STARTED = "no_such_method"
+up = []
+with ray_meanwhile(lambda: up.append(ray_is_running())):
+    assert up == [True]
+assert not ray_is_running() and not children()
+"""
 
 
-def test_work_is_done_too_with_a_ray_that_starts_by_other_methods(none_before, monkeypatch):
-    monkeypatch.setattr("selffl_ray.local_ray.LAST_STARTED", "no_such_method")
-    up = []
-    with ray_meanwhile(lambda: up.append(ray_is_running())):
-        assert up == [True]
-    assert not ray_is_running()
+@pytest.mark.parametrize(
+    "script",
+    [DONE_ONCE, AGAIN_AFTER_A_FAILURE, OTHER_METHODS],
+    ids=["work is done once", "another one after a failure", "a Ray that starts by other methods"],
+)
+def test_work_is_done_while_ray_comes_up_and_ray_ends_with_the_context(sandbox, script):
+    # In a process of its own: this one may be connected to a Ray.
+    process = sandbox.start(sys.executable, "-c", PRELUDE + script)
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 0
 
 
 FAILS = """
