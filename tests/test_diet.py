@@ -24,9 +24,9 @@ print(",".join(name for name in {heavy} if name in sys.modules))
 """
 
 
-def imported(script):
+def imported(script, *arguments):
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True
     )
     return done.stdout.strip()
 
@@ -49,6 +49,22 @@ def test_a_command_imports_what_it_needs_only(module, heavy):
 
 def test_such_a_library_would_be_seen():
     assert imported("import pandas\n" + SCRIPT.format(heavy=HEAVY)) == "pandas"
+
+
+def test_a_run_of_self_fl_takes_its_distributions_from_scipy_special(tmp_path):
+    """scipy.stats is a second of its first round, and 35 MB."""
+    settings = ["placement.backend=local", "tracking.enabled=false", "training.num_rounds=2"]
+    # Clients of unequal sizes: their variances are held against them.
+    settings.append("data.partition={name: dirichlet, num_clients: 10, alpha: 0.3}")
+    script = f"""
+import sys
+from selffl_ray import load_config, run_experiment
+run_experiment(load_config(None, {settings}), output={str(tmp_path)!r} + sys.argv[1])
+print("scipy.special" in sys.modules, "scipy.stats" in sys.modules)
+"""
+    # The first one prepares the store, for which digits need scikit-learn, and that scipy.stats.
+    imported(script, "/first")
+    assert imported(script, "/second") == "True False"
 
 
 COLLECTIONS = """

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from selffl_ray import load_config, run_experiment
 from selffl_ray.algorithms.selffl.alarms import (
@@ -14,6 +15,7 @@ from selffl_ray.algorithms.selffl.alarms import (
     SMALL_SHARE,
     Probed,
     alarms,
+    correlation,
     floor,
     no_information,
     ratio,
@@ -238,6 +240,25 @@ def test_warm_up_rounds_have_no_alarms_and_variance_over_rounds_has_one(tmp_path
     assert not alarm[3:].isna().any()
     assert alarm.sum() >= 3
     assert len(said) == 1
+
+
+@given(st.integers(5, 60), st.floats(-3, 3), st.integers(0, 2**32 - 1))
+def test_the_correlation_is_tested_as_scipy_does(count, slope, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=count)
+    y = slope * x + rng.normal(size=count)
+    wanted = stats.pearsonr(x, y, alternative="less")
+    found = correlation(x, y)
+    assert found.r == pytest.approx(wanted.statistic, abs=1e-12)
+    assert found.p_less == pytest.approx(wanted.pvalue, rel=1e-6, abs=1e-14)
+
+
+@pytest.mark.parametrize(("sign", "p_less"), [(1, 1.0), (-1, 0.0)])
+def test_a_perfect_correlation_has_no_doubt(sign, p_less):
+    x = np.log(SIZES)
+    found = correlation(x, sign * x)
+    assert found.r == pytest.approx(sign)
+    assert found.p_less == pytest.approx(p_less, abs=1e-12)
 
 
 def test_methods_without_uncertainties_have_no_alarms(tmp_path):
