@@ -52,7 +52,7 @@ def test_such_a_library_would_be_seen():
 
 
 def test_a_run_of_self_fl_takes_its_distributions_from_scipy_special(tmp_path):
-    """scipy.stats is a second of its first round, and 35 MB."""
+    """scipy.stats is half a second of its first round, and 35 MB."""
     settings = ["placement.backend=local", "tracking.enabled=false", "training.num_rounds=2"]
     # Clients of unequal sizes: their variances are held against them.
     settings.append("data.partition={name: dirichlet, num_clients: 10, alpha: 0.3}")
