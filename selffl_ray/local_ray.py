@@ -106,10 +106,10 @@ def _break_off(children: Collection[psutil.Process], nodes: Sequence[Any]) -> No
     for process in started:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    # If it was connecting already.
-    with contextlib.suppress(Exception):
-        ray.shutdown()
     for node in nodes:
+        # If it was connecting already. Without a node of ours the connection is somebody else's.
+        with contextlib.suppress(Exception):
+            ray.shutdown()
         with contextlib.suppress(Exception):
             node.kill_all_processes(check_alive=False)
         shutil.rmtree(node.get_session_dir_path(), ignore_errors=True)

@@ -68,6 +68,16 @@ with ray_meanwhile(list) as found:
     assert found == [] and ray_is_running()
 assert not children()
 """
+SOMEBODY_ELSES = """
+local_ray.start_ray()
+import ray
+try:
+    local_ray.start_ray()
+except RuntimeError as error:
+    assert "twice" in str(error)
+assert ray_is_running() and ray.get(ray.put(1)) == 1
+ray.shutdown()
+"""
 OTHER_METHODS = """
 local_ray.LAST_STARTED = "no_such_method"
 up = []
@@ -79,8 +89,8 @@ assert not ray_is_running() and not children()
 
 @pytest.mark.parametrize(
     "script",
-    [DONE_ONCE, AGAIN_AFTER_A_FAILURE, OTHER_METHODS],
-    ids=["work is done once", "another one after a failure", "a Ray that starts by other methods"],
+    [DONE_ONCE, AGAIN_AFTER_A_FAILURE, SOMEBODY_ELSES, OTHER_METHODS],
+    ids=["done once", "another after a failure", "a connection stays", "a Ray of other methods"],
 )
 def test_work_is_done_while_ray_comes_up_and_ray_ends_with_the_context(sandbox, script):
     # In a process of its own: this one may be connected to a Ray.
